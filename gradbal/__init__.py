@@ -1,0 +1,1 @@
+"""gradbal balances the gradients of several losses: one call in place of `sum(losses).backward()`."""
