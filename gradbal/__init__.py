@@ -1,1 +1,34 @@
-"""gradbal balances the gradients of several losses: one call in place of `sum(losses).backward()`."""
+"""gradbal balances the gradients of several losses: one call replaces `sum(losses).backward()`."""
+
+import gradbal.aggregators as aggregators
+import gradbal.registry as registry
+from gradbal.aggregators.base import (
+    Aggregator,
+    ClosureAggregator,
+    GramianAggregator,
+    JacobianAggregator,
+    Scalarizer,
+)
+from gradbal.optimizer import MultiTaskOptimizer, NonFiniteError
+from gradbal.registry import Info, Promises, create, info, list_aggregators, register
+
+__all__ = [
+    "Aggregator",
+    "ClosureAggregator",
+    "GramianAggregator",
+    "Info",
+    "JacobianAggregator",
+    "MultiTaskOptimizer",
+    "NonFiniteError",
+    "Promises",
+    "Scalarizer",
+    "__version__",
+    "aggregators",
+    "create",
+    "info",
+    "list_aggregators",
+    "register",
+    "registry",
+]
+
+__version__ = "0.1.0"

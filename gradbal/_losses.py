@@ -1,0 +1,190 @@
+"""The losses of one step, checked, in whatever form the user holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+__all__ = ["Losses", "read_losses"]
+
+Names = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """T losses.
+
+    names: keys of the dict, or 0 … T − 1. values: `[T]`, detached. tensors: the T 0-dim losses, or
+    the one 1-D tensor that holds them all.
+    """
+
+    names: Names
+    values: Tensor
+    tensors: list[Tensor] | Tensor
+
+    def roots(self, cotangents: Tensor) -> list[tuple[Tensor | GradientEdge, Tensor]]:
+        """Where each loss's own backward pass starts, and with which cotangent.
+
+        A 1-D tensor made by `torch.stack` is taken apart again: a pass from one of its pieces does
+        not walk the other tasks' heads.
+
+        Args:
+            cotangents: `[T]`, what each loss is multiplied by.
+        """
+        if isinstance(self.tensors, list):
+            parts = cotangents.unbind()
+            return [(l, c.to(l.dtype)) for l, c in zip(self.tensors, parts, strict=True)]
+        edges = _stacked_edges(self.tensors)
+        if edges is not None:
+            result: list[tuple[Tensor | GradientEdge, Tensor]] = []
+            for edge, c in zip(edges, cotangents.unbind(), strict=True):
+                piece = edge.node._input_metadata[edge.output_nr]
+                result.append((edge, c.to(piece.dtype)))
+            return result
+        rows = torch.diag(cotangents.to(self.tensors.dtype))
+        return [(self.tensors, row) for row in rows]
+
+    def backward(
+        self, weights: Tensor, inputs: Sequence[Tensor], retain_graph: bool
+    ) -> None:
+        """One backward pass of `Σ w_i ℓ_i` into the `.grad` of `inputs`; `weights [T]`."""
+        weights = weights.to(self.values.device)
+        if isinstance(self.tensors, list):
+            grads = [w.to(l.dtype) for w, l in zip(weights.unbind(), self.tensors, strict=True)]
+            torch.autograd.backward(self.tensors, grads, retain_graph, inputs=inputs)
+        else:
+            grad = weights.to(self.tensors.dtype)
+            torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)
+
+    def gradients(
+        self, weights: Tensor, inputs: Sequence[Tensor], retain_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of `Σ w_i ℓ_i`, one tensor (or None) for each of `inputs`."""
+        weights = weights.to(self.values.device)
+        if isinstance(self.tensors, list):
+            outputs = self.tensors
+            grads = [w.to(l.dtype) for w, l in zip(weights.unbind(), outputs, strict=True)]
+        else:
+            outputs, grads = [self.tensors], [weights.to(self.tensors.dtype)]
+        return torch.autograd.grad(outputs, inputs, grads, retain_graph, allow_unused=True)
+
+
+def read_losses(losses: object, names: Names | None) -> Losses:
+    """Checks the losses of one step.
+
+    Args:
+        losses: a list, tuple or dict of T 0-dim tensors, or a 1-D tensor.
+        names: the tasks of the steps before, or None at the first.
+
+    Raises:
+        TypeError: not such a collection, or a loss is not a floating-point tensor.
+        ValueError: no losses, a loss that is not a scalar or has no graph, losses on several
+            devices, other tasks than before.
+    """
+    if isinstance(losses, Tensor):
+        return _read_vector(losses, names)
+    if isinstance(losses, Mapping):
+        losses = _in_order(losses, names)
+        found: Names = tuple(losses)
+        tensors = list(losses.values())
+    elif isinstance(losses, list | tuple):
+        tensors = list(losses)
+        found = tuple(range(len(tensors)))
+    else:
+        raise TypeError(
+            "losses must be a list, tuple or dict of scalar tensors, or a 1-D tensor, found "
+            f"{type(losses).__name__}"
+        )
+    if not tensors:
+        raise ValueError("losses must have at least one entry, found none")
+    for name, loss in zip(found, tensors, strict=True):
+        _check_loss(name, loss)
+    devices = {l.device for l in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"
+        )
+    _check_names(found, names)
+    return Losses(found, torch.stack([l.detach() for l in tensors]), tensors)
+
+
+def _read_vector(losses: Tensor, names: Names | None) -> Losses:
+    if losses.dim() != 1:
+        raise ValueError(
+            f"losses as a tensor must be 1-D, one entry a task, found shape {list(losses.shape)}"
+        )
+    if len(losses) == 0:
+        raise ValueError("losses must have at least one entry, found none")
+    _check_dtype("losses", losses)
+    if not losses.requires_grad:
+        raise ValueError("losses must have a graph (requires_grad), found a tensor without one")
+    for i, edge in enumerate(_stacked_edges(losses, keep_missing=True) or ()):
+        if edge is None:
+            raise ValueError(f"the loss of task {i!r} must have a graph, found one without")
+    found: Names = tuple(range(len(losses)))
+    _check_names(found, names)
+    return Losses(found, losses.detach(), losses)
+
+
+def _in_order(losses: Mapping[str | int, Any], names: Names | None) -> Mapping[str | int, Any]:
+    """The losses in the order of the first step, which is what rows and weights are in."""
+    for key in losses:
+        if not isinstance(key, str | int):
+            raise TypeError(f"the keys of losses must be strings or integers, found {key!r}")
+    if names is None or set(losses) != set(names):
+        return losses
+    return {name: losses[name] for name in names}
+
+
+def _check_names(found: Names, names: Names | None) -> None:
+    if names is None or found == names:
+        return
+    if len(found) != len(names):
+        raise ValueError(
+            f"the number of losses must stay {len(names)} ({_list(names)}), "
+            f"found {len(found)} ({_list(found)})"
+        )
+    raise ValueError(f"the tasks must stay {_list(names)}, found {_list(found)}")
+
+
+def _list(names: Names) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _check_dtype(what: str, loss: Tensor) -> None:
+    if not loss.dtype.is_floating_point:
+        raise TypeError(f"{what} must be floating-point, found {loss.dtype}")
+
+
+def _check_loss(name: str | int, loss: object) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the loss of task {name!r} must be a tensor, found {type(loss).__name__}")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"the loss of task {name!r} must be a scalar (0-dim), found shape "
+            f"{list(loss.shape)}; take its mean or sum"
+        )
+    _check_dtype(f"the loss of task {name!r}", loss)
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of task {name!r} must have a graph (requires_grad), found one without"
+        )
+
+
+def _stacked_edges(losses: Tensor, keep_missing: bool = False) -> list[GradientEdge] | None:
+    """The pieces of a 1-D tensor made by `torch.stack`, as edges; None if it was made otherwise."""
+    node = losses.grad_fn
+    if node is None or node.name() != "StackBackward0":
+        return None
+    edges = [
+        None if piece is None else GradientEdge(piece, output)
+        for piece, output in node.next_functions
+    ]
+    if None in edges and not keep_missing:
+        return None
+    return edges  # type: ignore[return-value]

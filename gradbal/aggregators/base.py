@@ -1,0 +1,346 @@
+"""The four kinds of aggregator, by what they consume.
+
+An aggregator turns losses, a Gramian or a Jacobian into weights or a direction. It never touches
+parameters, autograd graphs or the optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradbal.jacobian import accuracy, combine, gramian
+from gradbal.registry import Promises
+from gradbal.solvers import cosine_matrix
+
+__all__ = [
+    "Aggregator",
+    "ClosureAggregator",
+    "GramianAggregator",
+    "JacobianAggregator",
+    "RandomMixin",
+    "Scalarizer",
+    "as_weights",
+    "in_range",
+    "one_of",
+    "preference",
+    "solve_active",
+    "symmetric_float64",
+]
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+
+def symmetric_float64(gramian: Tensor) -> Array:
+    """The `[T, T]` matrix as a symmetric float64 array on the host, checked.
+
+    Raises:
+        ValueError: not a square matrix, or an entry is not finite.
+    """
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+        raise ValueError(f"a Gramian must have shape [T, T], found {list(gramian.shape)}")
+    matrix = gramian.detach().to("cpu", torch.float64).numpy()
+    if not np.isfinite(matrix).all():
+        raise ValueError("a Gramian must be finite, found NaN or inf")
+    return 0.5 * (matrix + matrix.T)  # type: ignore[no-any-return]
+
+
+def as_weights(weights: Array, like: Tensor) -> Tensor:
+    """`weights [T]` as a tensor of the dtype and on the device of `like`."""
+    return torch.from_numpy(np.ascontiguousarray(weights)).to(like.device, like.dtype)
+
+
+def solve_active(
+    gramian: Tensor, neutral: float, solve: Callable[[Array, Array, Indices], Array]
+) -> Tensor:
+    """Weights from a problem on the cosine matrix, with one policy for rows that are zero.
+
+    Args:
+        gramian: `[T, T]`.
+        neutral: weight of every task when all rows are zero.
+        solve: takes the cosines `[k, k]`, norms `[k]` and indices `[k]` of the rows that are not
+            zero, and returns their weights `[k]`.
+
+    Returns:
+        `w [T]`, dtype and device of the Gramian; zero for zero rows.
+    """
+    g = symmetric_float64(gramian)
+    c, n, active = cosine_matrix(g)
+    if len(active) == 0:
+        return as_weights(np.full(len(g), neutral), gramian)
+    w = np.zeros(len(g))
+    w[active] = solve(c, n, active)
+    return as_weights(w, gramian)
+
+
+def preference(name: str, value: Any, n_tasks: int, default: float) -> Array:
+    """A vector of non-negative weights, one for each task; `default` everywhere when None.
+
+    Raises:
+        ValueError: wrong length, negative or not finite.
+    """
+    if value is None:
+        return np.full(n_tasks, default)
+    p = np.asarray(value, dtype=np.float64)
+    if p.shape != (n_tasks,):
+        raise ValueError(
+            f"`{name}` must have one entry for each of {n_tasks} tasks, found shape {p.shape}"
+        )
+    if not (np.isfinite(p).all() and (p >= 0).all()):
+        raise ValueError(f"`{name}` must be non-negative and finite, found {p.tolist()}")
+    return p
+
+
+def in_range(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, bounds: str = "[]"
+) -> None:
+    """Checks a hyperparameter: a real number between `low` and `high`, `bounds` as in intervals.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, found {value!r}")
+    above = value >= low if bounds[0] == "[" else value > low
+    below = value <= high if bounds[1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{bounds[1]}, found {value!r}")
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Checks a hyperparameter that is one of a few values.
+
+    Raises:
+        ValueError: another value; the message lists the choices.
+    """
+    if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}")
+
+
+class Aggregator(ABC):
+    """What all four kinds share: a name, hyperparameters, state.
+
+    A subclass keeps each constructor argument under the argument's name, and lists in
+    `state_names` the attributes that change from step to step.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str] = ""
+    promises: ClassVar[Promises] = Promises()
+    state_names: ClassVar[tuple[str, ...]] = ()
+    per_task_state: ClassVar[bool] = False
+    """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
+    `tasks`, the indices of the tasks that take part when some sit a step out."""
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Constructor arguments and their values, without the generator."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name != "generator"}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters().items())
+        return f"{type(self).__name__}({shown})"
+
+    def prepare(self, n_tasks: int, like: Tensor) -> None:  # noqa: B027
+        """Called before the first step, when T is known; `like` has the losses' dtype and device.
+
+        Raises:
+            ValueError: T does not fit the state or a hyperparameter with one entry for each task.
+        """
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Learnable weights, as param groups for the wrapped optimizer. They may be empty tensors
+        until the number of tasks is known."""
+        return []
+
+    def parameters(self) -> list[Parameter]:
+        """The learnable weights in `param_groups()`, flat."""
+        return [p for group in self.param_groups() for p in group["params"]]
+
+    def end_epoch(self) -> None:  # noqa: B027
+        """Called by the user at the end of an epoch; for methods that count epochs."""
+
+    def update(self, losses: Tensor) -> None:  # noqa: B027
+        """Called with the losses after the step, `[T]`; for methods that look again."""
+
+    def reset(self) -> None:  # noqa: B027
+        """Back to the state before the first step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name, hyperparameters and whole state: tensors, numbers, strings, lists and dicts."""
+        state = {name: _plain(getattr(self, name)) for name in self.state_names}
+        return {"name": self.name, "hyperparameters": self.hyperparameters(), "state": state}
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming the difference, when `state_dict` is not of this method."""
+        if state_dict.get("name") != self.name:
+            raise ValueError(
+                f"a checkpoint of {self.name!r} is required, found one of {state_dict.get('name')!r}"
+            )
+        for part, mine in (
+            ("hyperparameters", set(self.hyperparameters())),
+            ("state", set(self.state_names)),
+        ):
+            theirs = set(state_dict.get(part, ()))
+            if mine != theirs:
+                raise ValueError(
+                    f"{part} of {self.name!r} must be {sorted(mine)}, found {sorted(theirs)}"
+                )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over hyperparameters and state, as `torch.optim` does.
+
+        Raises:
+            ValueError: the checkpoint is of another method; nothing was changed.
+        """
+        self.check_state_dict(state_dict)
+        for name, value in state_dict["hyperparameters"].items():
+            setattr(self, name, value)
+        for name, value in state_dict["state"].items():
+            current = getattr(self, name)
+            if isinstance(current, torch.Generator):
+                current.set_state(value.cpu())
+            elif isinstance(current, Parameter):
+                current.data = value.detach().clone()
+            else:
+                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class RandomMixin:
+    """For methods that draw: their own generator, which is part of their state."""
+
+    generator: torch.Generator
+    _first_state: Tensor
+
+    def _own(self, generator: torch.Generator | None) -> None:
+        """Keeps `generator`, or a new one seeded from `torch.initial_seed()`."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+        elif not isinstance(generator, torch.Generator):
+            raise TypeError(f"`generator` must be a torch.Generator or None, found {generator!r}")
+        elif generator.device.type != "cpu":
+            raise ValueError(
+                "`generator` must be on the CPU, where weights are drawn, "
+                f"found one on {generator.device}"
+            )
+        self.generator = generator
+        self._first_state = generator.get_state()
+
+    def reset(self) -> None:
+        """The generator goes back to where it was when the aggregator was made."""
+        self.generator.set_state(self._first_state)
+
+
+class Scalarizer(Aggregator):
+    """Consumes the losses alone; one backward a step."""
+
+    kind = "scalarizer"
+    promises = Promises(heads="weighted")
+    linear: ClassVar[bool] = False
+    """Whether the weights do not depend on the losses, so that micro-batches simply add up."""
+
+    @abstractmethod
+    def scalarize(self, losses: Tensor) -> Tensor:
+        """One objective from the losses.
+
+        Args:
+            losses: `[T]`, with or without a graph.
+
+        Returns:
+            0-dim, differentiable in the losses and in `parameters()`.
+        """
+
+    def weights(self, losses: Tensor) -> Tensor:
+        """`w [T]`, the derivative of the objective by each loss."""
+        leaf = losses.detach().requires_grad_()
+        with torch.enable_grad():
+            (w,) = torch.autograd.grad(self.scalarize(leaf), leaf)
+        return w
+
+    def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`d = Jᵀw [P]`, for comparison with the other kinds; `losses` default to ones."""
+        if losses is None:
+            losses = torch.ones(len(jacobian), dtype=torch.float64, device=jacobian.device)
+        return combine(self.weights(losses), jacobian)
+
+
+class GramianAggregator(Aggregator):
+    """Consumes `G = JJᵀ` (and the losses' values); T backwards a step."""
+
+    kind = "gramian"
+    accuracy: float = 1e-15
+    """Relative accuracy of the Gramians that come in; whoever forms them sets it."""
+
+    @abstractmethod
+    def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The weights of `d = Jᵀw`.
+
+        Args:
+            gramian: `[T, T]`, any floating dtype and device.
+            losses: `[T]` values, or None.
+
+        Returns:
+            `w [T]`, dtype and device of the Gramian.
+        """
+
+    def head_weights(self, weights: Tensor, gramian: Tensor) -> Tensor:
+        """What task-specific gradients are multiplied by under `heads="weighted"`; `[T]`."""
+        return weights
+
+    def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`d = w(JJᵀ)ᵀ J`.
+
+        Args:
+            jacobian: `[T, P]`, any floating dtype and device.
+            losses: `[T]` values, or None.
+
+        Returns:
+            `d [P]`, dtype and device of the Jacobian.
+        """
+        self.accuracy = accuracy(jacobian)
+        return combine(self.weights(gramian(jacobian), losses), jacobian)
+
+
+class JacobianAggregator(Aggregator):
+    """Consumes all of J; T backwards a step."""
+
+    kind = "jacobian"
+
+    @abstractmethod
+    def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The direction that goes into `.grad`.
+
+        Args:
+            jacobian: `[T, P]`, any floating dtype and device; not to be written to.
+            losses: `[T]` values, or None.
+
+        Returns:
+            `d [P]`, dtype and device of the Jacobian.
+        """
+
+
+class ClosureAggregator(Aggregator):
+    """Consumes the closure: losses evaluated again, validation losses, independent batches."""
+
+    kind = "closure"
+
+    @abstractmethod
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step of optimisation."""

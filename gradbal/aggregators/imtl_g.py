@@ -1,0 +1,80 @@
+"""Impartial multi-task learning, gradient balance."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from gradbal.aggregators.base import GramianAggregator, one_of, solve_active
+from gradbal.registry import Promises, register
+from gradbal.solvers import Array, symmetric_pinv
+
+__all__ = ["IMTLG", "imtl_g"]
+
+
+@register(
+    "imtl_g",
+    title="Towards Impartial Multi-task Learning",
+    venue="ICLR",
+    year=2021,
+    url="https://openreview.net/forum?id=IMPnRXEWpvr",
+    promises=Promises(heads="weighted", degree=1, gain=lambda a, t, n: 1.0),
+)
+class IMTLG(GramianAggregator):
+    """The combination whose projections on all the gradients are equal.
+
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021,
+    https://openreview.net/forum?id=IMPnRXEWpvr. `d = Jᵀw` with `Σ w_i = 1` and `⟨d, u_i⟩` equal for
+    all unit gradients `u_i = g_i/|g_i|`. With `v = G⁺n`, n the norms, `w = v/(1ᵀv)`. Weights may be
+    negative, and d may conflict.
+
+    Args:
+        guard: where `1ᵀv` is at most `1e-3 |v|₁`, divide by `|v|₁` instead. There the paper's
+            formula (`guard=False`) explodes or ascends every loss. The guard is gradbal's.
+
+    Note:
+        The paper inverts a matrix that is singular when two gradients coincide. Here the
+        pseudo-inverse of the cosine matrix is taken, which agrees where both exist.
+
+    Example:
+        >>> import torch
+        >>> IMTLG().direction(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([0.7500, 0.7500])
+    """
+
+    def __init__(self, guard: bool = True) -> None:
+        one_of("guard", guard, (False, True))
+        self.guard = guard
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`w [T]`, sum one unless the guard acts, from the Gramian `[T, T]`."""
+        return imtl_g(gramian, guard=self.guard, accuracy=self.accuracy)
+
+
+def imtl_g(gramian: Tensor, *, guard: bool = True, accuracy: float = 1e-15) -> Tensor:
+    """`w = v/(1ᵀv)`, `v = N⁻¹ C⁺ 1`.
+
+    Args:
+        gramian: `[T, T]`.
+        guard: see `IMTLG`.
+        accuracy: relative accuracy of the Gramian's entries; eigenvalues of the cosine matrix
+            below `max(1e-12, 10·T·accuracy)` of the largest count as zero.
+
+    Returns:
+        `w [T]`, dtype and device of the Gramian; zero for zero rows.
+    """
+    size = len(gramian)
+
+    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+        rtol = max(1e-12, 10 * size * accuracy)
+        y = symmetric_pinv(c, rtol).sum(1)
+        # C C⁺ 1 is what the range of C has of the vector of ones; nothing for opposite rows.
+        if np.linalg.norm(c @ y) <= 100 * rtol * np.sqrt(len(n)):
+            y = np.ones_like(n)
+        v = y / (n / n.min())
+        total, absolute = v.sum(), np.abs(v).sum()
+        if guard and total <= 1e-3 * absolute:
+            return v / absolute  # type: ignore[no-any-return]
+        return v / total  # type: ignore[no-any-return]
+
+    return solve_active(gramian, 1.0 / size, solve)

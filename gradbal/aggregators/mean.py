@@ -1,0 +1,43 @@
+"""Mean of the losses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gradbal.aggregators.base import Scalarizer
+from gradbal.registry import Promises, register
+
+__all__ = ["Mean", "mean"]
+
+
+@register(
+    "mean",
+    title="Linear scalarisation with equal weights",
+    venue="folklore",
+    promises=Promises(
+        heads="weighted", degree=1, gain=lambda a, t, n: 1.0, simplex=True, linear_row_scaling=True
+    ),
+)
+class Mean(Scalarizer):
+    """Mean of the losses: every weight is 1/T.
+
+    The baseline that every other method has to beat (with a tuned learning rate it is a strong one:
+    Kurin et al., "In Defense of the Unitary Scalarization for Deep Multi-Task Learning", NeurIPS
+    2022, https://arxiv.org/abs/2201.04122).
+
+    Example:
+        >>> import torch
+        >>> Mean().direction(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        tensor([1., 2.])
+    """
+
+    linear = True
+
+    def scalarize(self, losses: Tensor) -> Tensor:
+        """`(1/T) Σ ℓ_i` from losses `[T]`."""
+        return mean(losses)
+
+
+def mean(losses: Tensor) -> Tensor:
+    """`(1/T) Σ ℓ_i` from losses `[T]`: 0-dim."""
+    return losses.mean()

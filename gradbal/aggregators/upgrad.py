@@ -1,0 +1,90 @@
+"""Unconflicting projection of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from gradbal.aggregators.base import GramianAggregator, preference, solve_active
+from gradbal.registry import Promises, register
+from gradbal.solvers import Array, checked, nonnegative_qp, positive_part
+
+__all__ = ["UPGrad", "upgrad"]
+
+
+@register(
+    "upgrad",
+    title="Jacobian Descent for Multi-Objective Optimization",
+    venue="arXiv",
+    year=2024,
+    url="https://arxiv.org/abs/2406.16232",
+    promises=Promises(
+        heads="own",
+        degree=1,
+        gain=lambda a, t, n: 1.0 if a.pref is None else float(sum(a.pref)),
+        non_conflicting=True,
+        linear_row_scaling=True,
+    ),
+)
+class UPGrad(GramianAggregator):
+    """Projects each gradient on the dual cone of all of them, and averages.
+
+    Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024,
+    https://arxiv.org/abs/2406.16232. `d = Σ p_i π(g_i)`, where π is the projection on
+    `{x : Jx ≥ 0}`, the directions that conflict with no task. Each projection is
+    `Jᵀv` with `v = argmin {vᵀGv : v ≥ e_i}`. The only method here that never conflicts, is linear
+    under scaling of the losses, and is a weighted combination of the gradients.
+
+    Args:
+        pref: p, non-negative, one entry for each task; None is 1/T each.
+
+    Raises:
+        ValueError: `pref` has a negative entry, or not one for each task.
+
+    Note:
+        TorchJD adds 1e-4 to the normalised Gramian's diagonal and takes Gramians of trace below
+        1e-4 for zero, which leaves conflicts with small rows and with small gradients. Here nothing
+        is added and nothing is absolute.
+
+    Example:
+        >>> import torch
+        >>> UPGrad().direction(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
+        tensor([0.2500, 0.7500])
+    """
+
+    def __init__(self, pref: Sequence[float] | None = None) -> None:
+        self.pref = None if pref is None else [float(p) for p in pref]
+        if self.pref is not None:
+            preference("pref", self.pref, len(self.pref), 0.0)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`w [T]`, `w ≥ p`, from the Gramian `[T, T]`."""
+        p = preference("pref", self.pref, len(gramian), 1.0 / len(gramian))
+        return upgrad(gramian, p, accuracy=self.accuracy)
+
+
+def upgrad(gramian: Tensor, pref: Array, *, accuracy: float = 1e-15) -> Tensor:
+    """`w = Σ p_i argmin {vᵀGv : v ≥ e_i}`.
+
+    Args:
+        gramian: `[T, T]`.
+        pref: `p [T]`, non-negative.
+        accuracy: relative accuracy of the Gramian's entries.
+
+    Returns:
+        `w [T]`, dtype and device of the Gramian.
+    """
+
+    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+        c = positive_part(c, accuracy)
+        total = np.zeros_like(n)
+        for i, share in enumerate(pref[active] * n):
+            # In units of the row norms the problem for task i does not depend on any norm.
+            total[i] += share
+            if share > 0 and (c[:, i] < 0).any():
+                total += share * checked(nonnegative_qp(c, -c[:, i]), "UPGrad's projection")
+        return total / n
+
+    return solve_active(gramian, 1.0 / len(gramian), solve)

@@ -1,0 +1,165 @@
+"""Uncertainty weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradbal.aggregators.base import Scalarizer, in_range, one_of
+from gradbal.registry import Promises, register
+
+__all__ = ["UW", "uw"]
+
+_FACTOR = {"regression": 0.5, "classification": 1.0}
+
+
+def _gain(aggregator: UW, n_tasks: int, norm: float) -> float:
+    kinds = aggregator.kinds(n_tasks)
+    return sum(_FACTOR[k] for k in kinds) * float(torch.tensor(-float(aggregator.init)).exp())
+
+
+@register(
+    "uw",
+    title="Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics",
+    venue="CVPR",
+    year=2018,
+    url="https://arxiv.org/abs/1705.07115",
+    promises=Promises(heads="weighted", degree=1, gain=_gain, linear_row_scaling=True),
+)
+class UW(Scalarizer):
+    """Uncertainty weighting: each task has a learned log-variance.
+
+    Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
+    and Semantics", CVPR 2018, https://arxiv.org/abs/1705.07115. With s_i = log σ_i² the objective
+    is `Σ a_i e^{−s_i} ℓ_i + ½ s_i`, a_i = ½ for a Gaussian (regression) likelihood and 1 for
+    classification. For a frozen loss the optimum is `s_i = log(2 a_i ℓ_i)`, where the weight
+    `a_i e^{−s_i}` is `1/(2ℓ_i)`.
+
+    The log-variances `s [T]` join the wrapped optimizer as a param group of their own.
+
+    Args:
+        init: the first s_i, in [-10, 10].
+        kind: "regression", "classification", or one of the two for each task. The paper's
+            Gaussian form by default.
+        lr: learning rate of s; None takes the wrapped optimizer's (nash-mtl and FAMO use 0.025).
+        weight_decay: of s; 0, since decay would pull every variance to one.
+        clamp: s is kept in [-clamp, clamp], or None. A loss that stays at or below zero would
+            otherwise drive its weight to infinity; this bound is gradbal's, not the paper's.
+
+    Raises:
+        ValueError: an argument out of range, or as many kinds as tasks are not given.
+
+    Example:
+        >>> import torch
+        >>> UW().weights(torch.tensor([1.0, 5.0]))
+        tensor([0.5000, 0.5000])
+    """
+
+    linear = True
+    per_task_state = True
+    state_names = ("log_variance",)
+
+    def __init__(
+        self,
+        init: float = 0.0,
+        kind: str | Sequence[str] = "regression",
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        clamp: float | None = 10.0,
+    ) -> None:
+        in_range("init", init, -10, 10)
+        for k in [kind] if isinstance(kind, str) else kind:
+            one_of("kind", k, tuple(_FACTOR))
+        if lr is not None:
+            in_range("lr", lr, 0)
+        in_range("weight_decay", weight_decay, 0)
+        if clamp is not None:
+            in_range("clamp", clamp, 0, bounds="(]")
+        self.init = init
+        self.kind = kind if isinstance(kind, str) else list(kind)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.clamp = clamp
+        # Empty until T is known; the same object all along, since the optimizer holds it.
+        self.log_variance = Parameter(torch.empty(0))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group: the log-variances, with their own learning rate and weight decay."""
+        group: dict[str, Any] = {
+            "params": [self.log_variance],
+            "weight_decay": self.weight_decay,
+        }
+        if self.lr is not None:
+            group["lr"] = self.lr
+        return [group]
+
+    def kinds(self, n_tasks: int) -> list[str]:
+        """The kind of each task; ValueError if another number was given."""
+        if isinstance(self.kind, str):
+            return [self.kind] * n_tasks
+        if len(self.kind) != n_tasks:
+            raise ValueError(
+                f"`kind` must have one entry for each of {n_tasks} tasks, found {len(self.kind)}"
+            )
+        return self.kind
+
+    def prepare(self, n_tasks: int, like: Tensor) -> None:
+        """Makes the log-variances, or checks that there are T of them.
+
+        Raises:
+            ValueError: T differs from before, or from the number of kinds.
+        """
+        s = self.log_variance
+        if s.numel() not in (0, n_tasks):
+            raise ValueError(f"`uw` has {s.numel()} tasks, found {n_tasks}")
+        self.kinds(n_tasks)
+        if s.numel() == 0:
+            # Half precision would round steps of 0.001 away.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            s.data = torch.full((n_tasks,), float(self.init), dtype=dtype, device=like.device)
+        elif s.device != like.device:
+            s.data = s.data.to(like.device)
+
+    def reset(self) -> None:
+        """The log-variances go back to `init`."""
+        with torch.no_grad():
+            self.log_variance.fill_(self.init)
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """`Σ a_i e^{−s_i} ℓ_i + ½ s_i` from losses `[T]`.
+
+        Args:
+            losses: `[T]`, or `[k]` when `tasks` names the k tasks that take part.
+            tasks: indices of the tasks that take part; None for all.
+
+        Raises:
+            ValueError: another number of tasks than before.
+        """
+        if tasks is None:
+            self.prepare(len(losses), losses)
+        s, kinds = self.log_variance, self.kinds(self.log_variance.numel())
+        if self.clamp is not None:
+            with torch.no_grad():
+                s.clamp_(-self.clamp, self.clamp)
+        if tasks is None:
+            return uw(losses, s, kinds)
+        return uw(losses, s[list(tasks)], [kinds[i] for i in tasks])
+
+
+def uw(losses: Tensor, log_variance: Tensor, kinds: Sequence[str]) -> Tensor:
+    """`Σ a_i e^{−s_i} ℓ_i + ½ s_i`.
+
+    Args:
+        losses: `[T]`.
+        log_variance: `s [T]`.
+        kinds: T times "regression" (a_i = ½) or "classification" (a_i = 1).
+
+    Returns:
+        0-dim.
+    """
+    factor = torch.tensor([_FACTOR[k] for k in kinds], dtype=losses.dtype, device=losses.device)
+    return (factor * torch.exp(-log_variance) * losses + 0.5 * log_variance).sum()

@@ -1,0 +1,455 @@
+"""The Jacobian routine: task gradients as rows of one buffer, their Gramian, their combination.
+
+It never knows which method is in use, and makes no device-to-host synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+__all__ = ["Rows", "accuracy", "combine", "gramian", "reached_parameters"]
+
+BLOCK = 4096
+"""Columns in one block of the Gramian's sum: float32 is accurate within, float64 sums across."""
+
+SMALL = 1 << 16
+"""Up to this many entries a Jacobian is simply computed with in float64."""
+
+CHUNK = 1 << 18
+"""Columns converted at a time where a Jacobian's own precision does not do."""
+
+Reach = tuple[bool, ...]
+
+
+def accuracy(jacobian: Tensor) -> float:
+    """Relative accuracy of the entries of `gramian(jacobian)`, against exact sums of its rows."""
+    return 1e-15 if _in_float64(jacobian) else 1e-8
+
+
+def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
+    """`G = JJᵀ`, formed by column blocks and summed in float64.
+
+    A plain float32 product is off by 1e-3 in the cosines at ten million columns; by blocks it is
+    off by about 1e-8, and faster. Half-precision rows are cast to float32 block by block.
+
+    Args:
+        jacobian: `[T, P]`, any floating dtype and device.
+        exact: do every product in float64, whatever the dtype; for entries whose squares leave
+            float32's range.
+
+    Returns:
+        `[T, T]`, float64, on the same device.
+
+    Example:
+        >>> gramian(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
+        tensor([[5., 6.],
+                [6., 9.]], dtype=torch.float64)
+    """
+    jacobian = jacobian.detach()
+    with _no_autocast(jacobian):
+        if _in_float64(jacobian):
+            wide = jacobian.double()
+            return wide @ wide.mT
+        if exact or torch.get_float32_matmul_precision() != "highest":
+            # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
+            chunks = (c.double() for c in jacobian.split(CHUNK, dim=1))
+            return _sum(c @ c.mT for c in chunks)
+        if jacobian.dtype == torch.float32:
+            return _blocked(jacobian)
+        return _sum(_blocked(c.float()) for c in jacobian.split(CHUNK, dim=1))
+
+
+def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """`d = Jᵀw`.
+
+    Args:
+        weights: `[T]`, any floating dtype and device.
+        jacobian: `[T, P]`.
+
+    Returns:
+        `[P]`, dtype and device of the Jacobian. Half-precision rows are combined in float32.
+
+    Example:
+        >>> combine(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([0.5000, 0.5000])
+    """
+    jacobian, weights = jacobian.detach(), weights.detach().to(jacobian.device)
+    with _no_autocast(jacobian):
+        if _in_float64(jacobian):
+            return (weights.double() @ jacobian.double()).to(jacobian.dtype)
+        if jacobian.dtype == torch.float32:
+            return weights.float() @ jacobian
+        w = weights.float()
+        parts = [(w @ c.float()).to(jacobian.dtype) for c in jacobian.split(CHUNK, dim=1)]
+        return torch.cat(parts)
+
+
+def _in_float64(jacobian: Tensor) -> bool:
+    return jacobian.dtype == torch.float64 or jacobian.numel() <= SMALL
+
+
+def _blocked(jacobian: Tensor) -> Tensor:
+    n_tasks, width = jacobian.shape
+    n_blocks = width // BLOCK
+    whole = jacobian[:, : n_blocks * BLOCK].unflatten(1, (n_blocks, BLOCK)).transpose(0, 1)
+    total = torch.bmm(whole, whole.mT).double().sum(0)
+    rest = jacobian[:, n_blocks * BLOCK :]
+    return total + (rest @ rest.mT).double() if rest.shape[1] else total
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    iterator = iter(parts)
+    total = next(iterator)
+    for part in iterator:
+        total = total + part
+    return total
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Autocast would take the products to half precision."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def reached_parameters(
+    roots: Iterable[Node | None], parameters: Sequence[Tensor]
+) -> list[Reach]:
+    """Which parameters a backward pass from each root would reach, read from the graph.
+
+    Args:
+        roots: T nodes of the graph (a loss's `grad_fn`).
+        parameters: n leaf tensors.
+
+    Returns:
+        T tuples of n booleans.
+    """
+    index = {id(p): i for i, p in enumerate(parameters)}
+    result = []
+    for root in roots:
+        found = [False] * len(parameters)
+        seen: set[Node] = set()
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in index:
+                found[index[id(leaf)]] = True
+            stack.extend(n for n, _ in node.next_functions)
+        result.append(tuple(found))
+    return result
+
+
+@dataclass
+class _Layout:
+    """Where each shared parameter's gradient lies in the buffer.
+
+    shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
+    views: for each task, the parts of its row, in the parameters' shapes, and the index of each
+    part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
+    """
+
+    parameters: list[Tensor]
+    reach: list[Reach]
+    shared: list[int]
+    buffer: Tensor
+    views: list[dict[int, Tensor]]
+    heads: list[list[int]]
+
+
+@dataclass
+class Rows:
+    """The gradients of T losses with respect to a list of parameters, taken one loss at a time.
+
+    Each pass goes over all parameters at once: the parts of the shared ones are copied into one
+    preallocated `[T, P]` buffer, which is reused from step to step; the others (a head's) are kept
+    as they come. Shared are the parameters that two or more losses reach; that is read from which
+    gradients come back as None, remembered, and found again when it changes.
+
+    Attributes:
+        shared_parameters: an explicit set of shared parameters, or None to detect them.
+        heads: for each task, index → gradient of the parameters that are not shared.
+        pending: the gradients wait for more of them, rather than to be replaced.
+    """
+
+    shared_parameters: list[Tensor] | None = None
+    heads: list[dict[int, Tensor]] = field(default_factory=list)
+    pending: bool = False
+    _layout: _Layout | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that the gradients belong to."""
+        return self._current.parameters
+
+    @property
+    def reach(self) -> list[Reach]:
+        """For each task, which parameters it reaches."""
+        return self._current.reach
+
+    @property
+    def shared(self) -> list[int]:
+        """Indices of the shared parameters."""
+        return self._current.shared
+
+    @property
+    def jacobian(self) -> Tensor:
+        """`[T, P]`, one row a task, over the shared parameters."""
+        return self._current.buffer
+
+    @property
+    def _current(self) -> _Layout:
+        if self._layout is None:
+            raise RuntimeError("no gradients have been taken yet")
+        return self._layout
+
+    def take(
+        self,
+        roots: Sequence[tuple[Tensor | GradientEdge, Tensor]],
+        parameters: Sequence[Tensor],
+        *,
+        sit_out: frozenset[int] = frozenset(),
+        retain_graph: bool = False,
+    ) -> None:
+        """Takes the T gradients, and adds them to pending ones if there are any.
+
+        Args:
+            roots: for each loss, where its backward pass starts and with which cotangent.
+            parameters: n leaf tensors that require grad.
+            sit_out: tasks whose rows are left zero.
+            retain_graph: keep the graph after the last pass.
+
+        Raises:
+            ValueError: no parameter is reached by two losses, shared parameters on two devices,
+                or a sparse gradient. Pending gradients are then given up.
+        """
+        parameters = list(parameters)
+        layout = self._layout
+        if (
+            layout is None
+            or len(layout.reach) != len(roots)
+            or [id(p) for p in layout.parameters] != [id(p) for p in parameters]
+        ):
+            if self.pending:
+                self.pending = False
+                raise ValueError(
+                    "the trained parameters must stay the same while gradients accumulate; "
+                    "the pending ones are given up"
+                )
+            self._layout = layout = None
+        accumulate, self.pending = self.pending, False
+        if not accumulate:
+            self.heads = [{} for _ in roots]
+        if layout is None:
+            nodes = [_node(root) for root, _ in roots]
+            layout = self._new_layout(parameters, reached_parameters(nodes, parameters))
+        loose: list[dict[int, Tensor]] | None = None
+        with _hooks_held_back(parameters):
+            for i, (root, cotangent) in enumerate(roots):
+                if i in sit_out:
+                    if not accumulate:
+                        layout.buffer[i].zero_()
+                    continue
+                last = all(j in sit_out for j in range(i + 1, len(roots)))
+                grads = torch.autograd.grad(
+                    [root],
+                    parameters,
+                    [cotangent],
+                    retain_graph=retain_graph or not last,
+                    allow_unused=True,
+                )
+                _check_dense(grads, parameters)
+                reach = tuple(g is not None for g in grads)
+                if loose is None and reach != layout.reach[i]:
+                    written = len(roots) if accumulate else i
+                    loose = self._loosen(layout, written, sit_out)
+                if loose is None:
+                    self._write(layout, i, grads, accumulate)
+                else:
+                    _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
+        self._layout = layout
+        if loose is not None:
+            self._rebuild(parameters, loose)
+
+    def _write(
+        self, layout: _Layout, i: int, grads: Sequence[Tensor | None], accumulate: bool
+    ) -> None:
+        views = layout.views[i]
+        if views:
+            parts = [grads[k] for k in views]
+            (torch._foreach_add_ if accumulate else torch._foreach_copy_)([*views.values()], parts)
+        _add(self.heads[i], {k: grads[k] for k in layout.heads[i]})  # type: ignore[misc]
+
+    def _loosen(
+        self, layout: _Layout, written: int, sit_out: frozenset[int]
+    ) -> list[dict[int, Tensor]]:
+        """The gradients so far, one tensor each: what a changed graph can be laid out from."""
+        loose: list[dict[int, Tensor]] = [dict(head) for head in self.heads]
+        for i in range(written):
+            if i not in sit_out:
+                loose[i].update((k, view.clone()) for k, view in layout.views[i].items())
+        return loose
+
+    def _rebuild(self, parameters: list[Tensor], loose: list[dict[int, Tensor]]) -> None:
+        reach = [tuple(k in row for k in range(len(parameters))) for row in loose]
+        layout = self._new_layout(parameters, reach)
+        for i, row in enumerate(loose):
+            for k, view in layout.views[i].items():
+                view.copy_(row[k])
+            self.heads[i] = {k: row[k] for k in layout.heads[i]}
+        self._layout = layout
+
+    def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
+        shared = shared_indices(parameters, reach, self.shared_parameters)
+        chosen = [parameters[k] for k in shared]
+        devices = {p.device for p in chosen}
+        if len(devices) > 1:
+            raise ValueError(
+                "the shared parameters must be on one device, found "
+                f"{', '.join(sorted(map(str, devices)))}"
+            )
+        dtype = chosen[0].dtype
+        for p in chosen[1:]:
+            dtype = torch.promote_types(dtype, p.dtype)
+        sizes = [p.numel() for p in chosen]
+        buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=chosen[0].device)
+        views = [
+            {
+                k: _like(part, parameters[k])
+                for k, part in zip(shared, row.split(sizes), strict=True)
+                if reached[k]
+            }
+            for row, reached in zip(buffer, reach, strict=True)
+        ]
+        heads = [
+            [k for k, is_reached in enumerate(reached) if is_reached and k not in views[i]]
+            for i, reached in enumerate(reach)
+        ]
+        return _Layout(parameters, reach, shared, buffer, views, heads)
+
+    def head_extremes(self) -> Tensor:
+        """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
+        them is not."""
+        like = self._current.buffer
+        largest = []
+        for head in self.heads:
+            norms = torch._foreach_norm(list(head.values()), float("inf")) if head else ()
+            same = [n.to(like) for n in norms]
+            largest.append(torch.stack(same).sum() if same else like.new_zeros(()))
+        return torch.stack(largest)
+
+    def zero_rows(self) -> list[int]:
+        """Tasks whose row is exactly zero (a read from the device; asked for in rare cases)."""
+        largest = self._current.buffer.abs().amax(1).tolist()
+        return [i for i, value in enumerate(largest) if value == 0.0]
+
+    def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
+        """Sends the result into `.grad` through AccumulateGrad.
+
+        Accumulation, hooks on parameters and DDP's reducer then behave as after an ordinary
+        backward pass. Parameters that no loss reaches get nothing.
+
+        Args:
+            direction: `[P]`, for the shared parameters.
+            head_weights: for each task what its other gradients are multiplied by; None leaves
+                them out, 1.0 as they are.
+        """
+        layout = self._current
+        chosen = [layout.parameters[k] for k in layout.shared]
+        sizes = [p.numel() for p in chosen]
+        grads = [
+            _like(part, p) for part, p in zip(direction.split(sizes), chosen, strict=True)
+        ]
+        targets = list(chosen)
+        for weight, head in zip(head_weights, self.heads, strict=True):
+            if weight is None or not head:
+                continue
+            parts = list(head.values())
+            if not (isinstance(weight, float) and weight == 1.0):
+                # Not in place: autograd may return one tensor for two parameters.
+                parts = list(torch._foreach_mul(parts, weight))
+            targets.extend(layout.parameters[k] for k in head)
+            grads.extend(parts)
+        self.heads = [{} for _ in self.heads]
+        torch.autograd.backward(targets, grads)
+
+
+def shared_indices(
+    parameters: Sequence[Tensor], reach: Sequence[Reach], explicit: Sequence[Tensor] | None
+) -> list[int]:
+    """Indices of the parameters that two or more losses reach (of all, when there is one loss).
+
+    Raises:
+        ValueError: there are none.
+    """
+    counts = [sum(column) for column in zip(*reach, strict=True)]
+    if explicit is None:
+        needed = min(2, len(reach))
+        shared = [k for k, count in enumerate(counts) if count >= needed]
+    else:
+        chosen = {id(p) for p in explicit}
+        shared = [k for k, p in enumerate(parameters) if id(p) in chosen and counts[k]]
+    if not shared:
+        reached = sum(1 for count in counts if count)
+        raise ValueError(
+            "at least one trained parameter must be reached by two or more losses, found "
+            f"{reached} of {len(parameters)} reached, each by one loss alone"
+            if explicit is None
+            else f"no loss reaches any of the {len(explicit)} `shared_params`"
+        )
+    return shared
+
+
+def _node(root: Tensor | GradientEdge) -> Node | None:
+    return root.grad_fn if isinstance(root, Tensor) else root.node
+
+
+def _like(part: Tensor, parameter: Tensor) -> Tensor:
+    """A flat part seen in the parameter's shape, and memory format where that is dense."""
+    if parameter.is_contiguous():
+        return part.view(parameter.shape)
+    for memory_format, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format):
+            return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+    return part.view(parameter.shape)
+
+
+def _add(into: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
+    for k, g in grads.items():
+        into[k] = into[k] + g if k in into else g
+
+
+def _check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    for g, p in zip(grads, parameters, strict=True):
+        if g is not None and g.layout != torch.strided:
+            raise ValueError(
+                f"gradients must be dense, found a {g.layout} one for a parameter of shape "
+                f"{list(p.shape)}; use nn.Embedding(sparse=False)"
+            )
+
+
+@contextlib.contextmanager
+def _hooks_held_back(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Holds back the users' gradient hooks on the parameters themselves.
+
+    They run when the result is delivered, once, as after an ordinary backward pass; the T passes
+    would run them T more times, on rows.
+    """
+    held = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for p, _ in held:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in held:
+            p._backward_hooks = hooks

@@ -1,0 +1,307 @@
+"""The small convex problems behind the aggregators: `[T, T]` matrices, float64, on the host.
+
+Every problem is posed on the cosine matrix `C = N⁻¹ G N⁻¹` (`N = diag(n)`, `n_i = √G_ii`), whose
+diagonal is one, so that neither the scale of the whole Gramian nor a spread of the row norms costs
+accuracy, and no threshold is absolute. A solver returns a `Solution` with the residual that it
+reached; `checked` warns when that is worse than `RESIDUAL`.
+
+NumPy is used because at these sizes (T up to about 100) a call costs a fifth of torch's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "RESIDUAL",
+    "Solution",
+    "SolverWarning",
+    "barrier_newton",
+    "checked",
+    "cosine_matrix",
+    "nonnegative_qp",
+    "positive_part",
+    "project_simplex",
+    "simplex_qp",
+    "symmetric_pinv",
+]
+
+Array = NDArray[np.float64]
+
+RESIDUAL = 1e-8
+"""Relative residual of the optimality conditions that every solve has to reach."""
+
+ZERO_ROW = 1e-12
+"""A row whose norm is at most this part of the largest is taken as zero: its task is inactive."""
+
+_EPS = float(np.finfo(np.float64).eps)
+_RIDGE = 1e-13
+
+
+class SolverWarning(RuntimeWarning):
+    """A small problem was not solved to `RESIDUAL`; the message has the numbers."""
+
+
+class Solution(NamedTuple):
+    """What a solver returns.
+
+    x: the minimiser, `[T]`. residual: relative violation of the optimality conditions.
+    iterations: how many linear systems were solved.
+    """
+
+    x: Array
+    residual: float
+    iterations: int
+
+
+def checked(solution: Solution, problem: str) -> Array:
+    """The solution's `x`; warns if its residual is above `RESIDUAL` (the best iterate is used)."""
+    if not solution.residual <= RESIDUAL:
+        warnings.warn(
+            f"{problem}: residual {solution.residual:.1e} after {solution.iterations} iterations, "
+            f"wanted {RESIDUAL:.0e}; the best iterate is used",
+            SolverWarning,
+            stacklevel=3,
+        )
+    return solution.x
+
+
+def cosine_matrix(gramian: Array) -> tuple[Array, Array, NDArray[np.intp]]:
+    """Cosines and norms of the rows that are not zero.
+
+    Args:
+        gramian: `[T, T]`, positive semi-definite.
+
+    Returns:
+        `C [k, k]`, `n [k]` and the indices `[k]` of the k active rows, those with
+        `n_i > 1e-12 · max n`.
+    """
+    norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
+    largest = norms.max(initial=0.0)
+    active = np.flatnonzero(norms > ZERO_ROW * largest)
+    n = norms[active]
+    c = gramian[np.ix_(active, active)] / n[:, None] / n
+    c = 0.5 * (c + c.T)
+    np.fill_diagonal(c, 1.0)
+    return c, n, active
+
+
+def positive_part(c: Array, accuracy: float) -> Array:
+    """`c` without its negative eigenvalues, which only rounding can have put there.
+
+    Left alone where no eigenvalue is below `-accuracy`'s noise: a Cholesky factorisation of
+    `c + accuracy·T·I` tells, at a tenth of the cost of the eigenvalues.
+    """
+    size = len(c)
+    if accuracy <= 16 * _EPS:
+        return c
+    try:
+        np.linalg.cholesky(c + _EPS * size * np.eye(size))
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(c)
+        return (vectors * np.maximum(values, 0.0)) @ vectors.T  # type: ignore[no-any-return]
+    return c
+
+
+def project_simplex(v: Array) -> Array:
+    """Euclidean projection of `v [T]` onto the probability simplex.
+
+    `max(v − θ, 0)` with θ from the sorted values: exact, no iteration.
+    """
+    descending = np.sort(v)[::-1]
+    theta = (np.cumsum(descending) - 1.0) / np.arange(1, len(v) + 1)
+    last = np.flatnonzero(descending - theta > 0)[-1]
+    return np.maximum(v - theta[last], 0.0)
+
+
+def _solve(matrix: Array, rhs: Array) -> Array:
+    """A symmetric system whose matrix may be singular but is consistent: ridge and refinement."""
+    size = len(rhs)
+    shifted = matrix.copy()
+    shifted.flat[:: size + 1] += _RIDGE
+    try:
+        x = np.linalg.solve(shifted, rhs)
+        for _ in range(2):
+            x = x + np.linalg.solve(shifted, rhs - matrix @ x)
+    except np.linalg.LinAlgError:
+        x = np.linalg.lstsq(matrix, rhs, rcond=None)[0]
+    return x
+
+
+def _step_to_boundary(y: Array, s: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """From feasible `y` towards `s` until the first entry vanishes; which entries stay positive."""
+    falling = s <= 0.0
+    step = np.min(y[falling] / np.maximum(y[falling] - s[falling], np.finfo(float).tiny))
+    moved = y + step * (s - y)
+    keep = moved > _EPS * np.max(np.abs(moved), initial=0.0)
+    first = np.flatnonzero(falling)[np.argmin(y[falling] / (y[falling] - s[falling]))]
+    keep[first] = False
+    return moved, keep
+
+
+def nonnegative_qp(h: Array, b: Array) -> Solution:
+    """`argmin_{z ≥ 0} ½ zᵀHz − bᵀz` by Lawson and Hanson's active set.
+
+    Args:
+        h: `[T, T]`, positive semi-definite, unit diagonal; singular is allowed if `b` is in its
+            range.
+        b: `[T]`.
+
+    Returns:
+        The minimiser and the largest of `max(r, 0)` and `|r_i| where z_i > 0`, `r = b − Hz`,
+        relative to the size of the terms in `r`.
+    """
+    size = len(b)
+    z = np.zeros(size)
+    passive: list[int] = []
+    size_h = np.abs(h)
+    iterations = 0
+    for _ in range(10 * size + 100):
+        r = b - h @ z
+        noise = 8 * size * _EPS * (size_h @ z + np.abs(b))
+        candidates = r - noise
+        candidates[passive] = -np.inf
+        j = int(np.argmax(candidates)) if size else -1
+        if j < 0 or candidates[j] <= 0.0:
+            break
+        passive.append(j)
+        while passive:
+            p = np.asarray(passive)
+            s = _solve(h[np.ix_(p, p)], b[p])
+            iterations += 1
+            if np.all(s > 0.0):
+                z[:] = 0.0
+                z[p] = s
+                break
+            moved, keep = _step_to_boundary(z[p], s)
+            z[:] = 0.0
+            z[p[keep]] = moved[keep]
+            passive = [int(i) for i in p[keep]]
+        if j not in passive and not np.any(b - h @ z - noise > 0):
+            break
+    r = b - h @ z
+    scale = size_h @ z + np.abs(b) + np.finfo(float).tiny
+    violation = np.where(z > 0, np.abs(r), np.maximum(r, 0.0)) / scale
+    return Solution(z, float(violation.max(initial=0.0)), iterations)
+
+
+def simplex_qp(h: Array, c: Array, a: Array) -> Solution:
+    """`argmin ½ yᵀHy + cᵀy` over `{y ≥ 0, aᵀy = 1}` by a primal active set.
+
+    Args:
+        h: `[T, T]`, positive semi-definite, unit diagonal.
+        c: `[T]`.
+        a: `[T]`, positive.
+
+    Returns:
+        The minimiser and the largest violation of `ν = Hy + c − μa ≥ 0`, `ν_i y_i = 0`, relative
+        to the size of the terms in `ν`.
+    """
+    size = len(a)
+    a_scale = float(a.max())
+    # In units of the largest a: the bordered system below is then as well scaled as h.
+    a = a / a_scale
+    c = c * a_scale
+    start = int(np.argmin(0.5 * np.diagonal(h) / a**2 + c / a))
+    y = np.zeros(size)
+    y[start] = 1.0 / a[start]
+    passive = [start]
+    size_h = np.abs(h)
+    iterations = 0
+
+    def multipliers(y: Array, p: list[int]) -> tuple[Array, Array]:
+        gradient = h @ y + c
+        # μ by least squares on the passive set; exact there when y is optimal for it.
+        mu = float(gradient[p] @ a[p]) / float(a[p] @ a[p])
+        return gradient - mu * a, size_h @ y + np.abs(c) + abs(mu) * a
+
+    for _ in range(10 * size + 100):
+        nu, scale = multipliers(y, passive)
+        outside = nu + 8 * size * _EPS * scale
+        outside[passive] = np.inf
+        j = int(np.argmin(outside))
+        if iterations and outside[j] >= 0.0:
+            break
+        entering = -1
+        if outside[j] < 0.0:
+            passive.append(j)
+            entering = j
+        while True:
+            p = np.asarray(passive)
+            k = len(p)
+            bordered = np.zeros((k + 1, k + 1))
+            bordered[:k, :k] = h[np.ix_(p, p)]
+            bordered[:k, k] = bordered[k, :k] = a[p]
+            rhs = np.concatenate([-c[p], [1.0]])
+            s = _solve_bordered(bordered, rhs)[:k]
+            iterations += 1
+            if np.all(s > 0.0) or k == 1:
+                y[:] = 0.0
+                y[p] = s if k > 1 else 1.0 / a[p]
+                break
+            moved, keep = _step_to_boundary(y[p], s)
+            y[:] = 0.0
+            y[p[keep]] = moved[keep] / float(a[p[keep]] @ moved[keep])
+            passive = [int(i) for i in p[keep]]
+        if entering >= 0 and entering not in passive:
+            # The entering direction brought nothing: what is left of ν is rounding.
+            break
+    nu, scale = multipliers(y, passive)
+    violation = np.where(y > 0, np.abs(nu), np.maximum(-nu, 0.0)) / (scale + np.finfo(float).tiny)
+    return Solution(y / a_scale, float(violation.max()), iterations)
+
+
+def _solve_bordered(matrix: Array, rhs: Array) -> Array:
+    """The KKT system of one active set; the ridge goes on the Hessian's diagonal alone."""
+    size = len(rhs)
+    shifted = matrix.copy()
+    shifted.flat[: (size - 1) * size : size + 1] += _RIDGE
+    try:
+        x = np.linalg.solve(shifted, rhs)
+        return x + np.linalg.solve(shifted, rhs - matrix @ x)
+    except np.linalg.LinAlgError:
+        return np.linalg.lstsq(matrix, rhs, rcond=None)[0]  # type: ignore[no-any-return]
+
+
+def barrier_newton(c: Array, ridge: float) -> Solution:
+    """`argmin_{v > 0} ½ vᵀ(C + ridge·I)v − Σ log v_i`, i.e. `(Cv)_i v_i = 1`, by damped Newton.
+
+    The function is self-concordant: with step `1/(1 + λ)` while the Newton decrement λ is at least
+    ¼ and full steps after, it converges from `v = 1` without a line search.
+
+    Args:
+        c: `[T, T]` cosine matrix.
+        ridge: keeps the minimiser finite where `C` is singular with a positive null vector.
+
+    Returns:
+        The minimiser and `max |v_i ((C + ridge·I)v)_i − 1|`.
+    """
+    size = len(c)
+    h = c + ridge * np.eye(size)
+    v = np.ones(size)
+    iterations = 0
+    for _ in range(500):
+        gradient = h @ v - 1.0 / v
+        # In the variables v_i x_i the Hessian is VHV + I: its eigenvalues are at least one.
+        scaled = v[:, None] * h * v
+        scaled.flat[:: size + 1] += 1.0
+        rhs = v * gradient
+        step = np.linalg.solve(scaled, rhs)
+        iterations += 1
+        decrement = float(np.sqrt(max(rhs @ step, 0.0)))
+        v = v * (1.0 - step if decrement < 0.25 else 1.0 - step / (1.0 + decrement))
+        if decrement < 1e-12:
+            break
+    return Solution(v, float(np.max(np.abs(v * (h @ v) - 1.0))), iterations)
+
+
+def symmetric_pinv(c: Array, rtol: float) -> Array:
+    """Pseudo-inverse of a positive semi-definite matrix; eigenvalues ≤ rtol·λ_max are dropped."""
+    values, vectors = np.linalg.eigh(c)
+    keep = values > rtol * values[-1]
+    kept = vectors[:, keep]
+    return (kept / values[keep]) @ kept.T  # type: ignore[no-any-return]
