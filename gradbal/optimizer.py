@@ -271,7 +271,7 @@ class MultiTaskOptimizer(Optimizer):
         if absent is None:
             self._skip(batch)
             return
-        self._tasks = batch.names
+        before, self._tasks = self._tasks, batch.names
         try:
             if self._needs_jacobian(accumulate):
                 self._backward_rows(batch, absent, accumulate, scale, retain_graph)
@@ -280,6 +280,7 @@ class MultiTaskOptimizer(Optimizer):
         except BaseException:
             self._clear_pending()
             self._rows.pending = False
+            self._tasks = before
             raise
 
     def step(  # type: ignore[override]

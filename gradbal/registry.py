@@ -31,6 +31,7 @@ class Promises:
         simplex: the weights are non-negative and sum to one.
         row_scale_invariant: `A(DJ)` does not depend on the positive diagonal D.
         linear_row_scaling: `A(diag(c) J)` is linear in c > 0.
+        continuous: d depends continuously on J. False where the cut-off of a pseudo-inverse decides.
         deterministic: two calls with the same input agree; random methods need their generator reset.
     """
 
@@ -41,6 +42,7 @@ class Promises:
     simplex: bool = False
     row_scale_invariant: bool = False
     linear_row_scaling: bool = False
+    continuous: bool = True
     deterministic: bool = True
 
 

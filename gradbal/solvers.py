@@ -28,6 +28,7 @@ __all__ = [
     "project_simplex",
     "simplex_qp",
     "symmetric_pinv",
+    "without_ridge",
 ]
 
 Array = NDArray[np.float64]
@@ -153,16 +154,16 @@ def nonnegative_qp(h: Array, b: Array) -> Solution:
 
     Returns:
         The minimiser and the largest of `max(r, 0)` and `|r_i| where z_i > 0`, `r = b − Hz`,
-        relative to the size of the terms in `r`.
+        relative to `Σ z + max |b|`, since entries of H and b are known to rounding of one.
     """
     size = len(b)
     z = np.zeros(size)
     passive: list[int] = []
-    size_h = np.abs(h)
+    size_b = np.max(np.abs(b), initial=np.finfo(float).tiny)
     iterations = 0
     for _ in range(10 * size + 100):
         r = b - h @ z
-        noise = 8 * size * _EPS * (size_h @ z + np.abs(b))
+        noise = 8 * size * _EPS * (z.sum() + size_b)
         candidates = r - noise
         candidates[passive] = -np.inf
         j = int(np.argmax(candidates)) if size else -1
@@ -184,8 +185,7 @@ def nonnegative_qp(h: Array, b: Array) -> Solution:
         if j not in passive and not np.any(b - h @ z - noise > 0):
             break
     r = b - h @ z
-    scale = size_h @ z + np.abs(b) + np.finfo(float).tiny
-    violation = np.where(z > 0, np.abs(r), np.maximum(r, 0.0)) / scale
+    violation = np.where(z > 0, np.abs(r), np.maximum(r, 0.0)) / (z.sum() + size_b)
     return Solution(z, float(violation.max(initial=0.0)), iterations)
 
 
@@ -199,7 +199,7 @@ def simplex_qp(h: Array, c: Array, a: Array) -> Solution:
 
     Returns:
         The minimiser and the largest violation of `ν = Hy + c − μa ≥ 0`, `ν_i y_i = 0`, relative
-        to the size of the terms in `ν`.
+        to `Σ y + |c_i| + |μ|a_i`, since entries of H are known to rounding of one.
     """
     size = len(a)
     a_scale = float(a.max())
@@ -210,14 +210,13 @@ def simplex_qp(h: Array, c: Array, a: Array) -> Solution:
     y = np.zeros(size)
     y[start] = 1.0 / a[start]
     passive = [start]
-    size_h = np.abs(h)
     iterations = 0
 
     def multipliers(y: Array, p: list[int]) -> tuple[Array, Array]:
         gradient = h @ y + c
         # μ by least squares on the passive set; exact there when y is optimal for it.
         mu = float(gradient[p] @ a[p]) / float(a[p] @ a[p])
-        return gradient - mu * a, size_h @ y + np.abs(c) + abs(mu) * a
+        return gradient - mu * a, y.sum() + np.abs(c) + abs(mu) * a
 
     for _ in range(10 * size + 100):
         nu, scale = multipliers(y, passive)
@@ -251,7 +250,7 @@ def simplex_qp(h: Array, c: Array, a: Array) -> Solution:
             # The entering direction brought nothing: what is left of ν is rounding.
             break
     nu, scale = multipliers(y, passive)
-    violation = np.where(y > 0, np.abs(nu), np.maximum(-nu, 0.0)) / (scale + np.finfo(float).tiny)
+    violation = np.where(y > 0, np.abs(nu), np.maximum(-nu, 0.0)) / scale
     return Solution(y / a_scale, float(violation.max()), iterations)
 
 
@@ -278,12 +277,12 @@ def barrier_newton(c: Array, ridge: float) -> Solution:
         ridge: keeps the minimiser finite where `C` is singular with a positive null vector.
 
     Returns:
-        The minimiser and `max |v_i ((C + ridge·I)v)_i − 1|`.
+        The minimiser and `max |v_i ((C + ridge·I)v)_i − 1|`, relative to the size of the terms.
     """
     size = len(c)
     h = c + ridge * np.eye(size)
     v = np.ones(size)
-    iterations = 0
+    iterations, previous = 0, np.inf
     for _ in range(500):
         gradient = h @ v - 1.0 / v
         # In the variables v_i x_i the Hessian is VHV + I: its eigenvalues are at least one.
@@ -294,9 +293,32 @@ def barrier_newton(c: Array, ridge: float) -> Solution:
         iterations += 1
         decrement = float(np.sqrt(max(rhs @ step, 0.0)))
         v = v * (1.0 - step if decrement < 0.25 else 1.0 - step / (1.0 + decrement))
-        if decrement < 1e-12:
+        # Full steps square the decrement, until it is rounding, which does not shrink.
+        if decrement < 1e-12 or (decrement < 0.25 and decrement > 0.5 * previous):
             break
-    return Solution(v, float(np.max(np.abs(v * (h @ v) - 1.0))), iterations)
+        previous = decrement
+    violation = np.abs(v * (h @ v) - 1.0) / np.maximum(v * v.sum(), 1.0)
+    return Solution(v, float(violation.max()), iterations)
+
+
+def without_ridge(c: Array, v: Array) -> Array:
+    """A solution of `barrier_newton`, polished on the problem with no ridge where that has one.
+
+    The ridge shifts `v_i (Cv)_i` by `ridge·v_i²`. Near a singular point the problem without ridge
+    has no solution, or one far away: there `v` comes back as it is.
+    """
+    residual = float(np.max(np.abs(v * (c @ v) - 1.0)))
+    for _ in range(3):
+        if not 4 * _EPS < residual < 1e-3:
+            break
+        scaled = v[:, None] * c * v
+        scaled.flat[:: len(v) + 1] += 1.0
+        new = v * (1.0 - np.linalg.solve(scaled, v * (c @ v) - 1.0))
+        new_residual = float(np.max(np.abs(new * (c @ new) - 1.0)))
+        if new_residual >= residual or not (new > 0.0).all():
+            break
+        v, residual = new, new_residual
+    return v
 
 
 def symmetric_pinv(c: Array, rtol: float) -> Array:

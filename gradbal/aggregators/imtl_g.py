@@ -18,7 +18,7 @@ __all__ = ["IMTLG", "imtl_g"]
     venue="ICLR",
     year=2021,
     url="https://openreview.net/forum?id=IMPnRXEWpvr",
-    promises=Promises(heads="weighted", degree=1, gain=lambda a, t, n: 1.0),
+    promises=Promises(heads="weighted", degree=1, gain=lambda a, t, n: 1.0, continuous=False),
 )
 class IMTLG(GramianAggregator):
     """The combination whose projections on all the gradients are equal.

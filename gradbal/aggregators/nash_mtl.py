@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, barrier_newton, checked, positive_part
+from gradbal.solvers import Array, barrier_newton, checked, positive_part, without_ridge
 
 __all__ = ["NashMTL", "nash_mtl"]
 
@@ -45,7 +45,7 @@ class NashMTL(GramianAggregator):
         max_norm: d is scaled down to this norm, in the loss's unit-free scale; 0 is off, 1 the
             paper's. Since `|d| = √T`, with 1 every step is a unit vector.
         ridge: added to the cosine matrix; keeps w finite at Pareto-stationary points, where the
-            problem has no solution and d goes to zero.
+            problem has no solution and d goes to zero. Elsewhere the result is polished without.
         max_weight: bound of `w_i |g_i|` for the weights on task-specific parameters.
 
     Raises:
@@ -108,7 +108,8 @@ def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10, accuracy: float = 1e-15) 
     """
 
     def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
-        v = checked(barrier_newton(positive_part(c, accuracy), ridge), "Nash-MTL's Newton solve")
-        return v / n
+        c = positive_part(c, accuracy)
+        v = checked(barrier_newton(c, ridge), "Nash-MTL's Newton solve")
+        return without_ridge(c, v) / n
 
     return solve_active(gramian, 1.0, solve)

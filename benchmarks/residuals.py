@@ -1,0 +1,189 @@
+"""How exactly each aggregator solves its own problem, on random Jacobians: a table.
+
+Every residual is computed from the rows with formulas of its own, in float64, and is relative: to
+the norms of the rows in question and to the size of the terms that cancel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import gradbal
+from gradbal.aggregators.cagrad import cagrad
+from gradbal.aggregators.pcgrad import pcgrad, random_orders
+from gradbal.aggregators.upgrad import upgrad
+
+__all__ = ["RESIDUALS", "random_jacobian", "worst_residuals"]
+
+Array = NDArray[np.float64]
+
+
+def random_jacobian(rng: np.random.Generator, spread: float, scale: float) -> Tensor:
+    """A Gaussian Jacobian `[T, P]`, T in 2..10 and P in T..200, with rescaled rows.
+
+    Args:
+        rng: draws shape, entries and row scales.
+        spread: largest over smallest row scale; the scales are log-uniform between.
+        scale: what everything is multiplied by.
+
+    Returns:
+        `[T, P]`, float64.
+    """
+    n_tasks = int(rng.integers(2, 11))
+    width = int(rng.integers(n_tasks, 201))
+    rows = rng.standard_normal((n_tasks, width))
+    rows *= spread ** rng.uniform(-0.5, 0.5, (n_tasks, 1)) * scale
+    return torch.from_numpy(rows)
+
+
+def _products(j: Array, w: Array) -> tuple[Array, Array, Array, Array]:
+    """`G`, the row norms, `Gw` and the size of the terms in `(Gw)_i`."""
+    g = j @ j.T
+    n = np.sqrt(np.diagonal(g))
+    return g, n, g @ w, n * (np.abs(w) @ n)
+
+
+def _combination(expected: Callable[[Array], Array]) -> Callable[[str, Tensor], float]:
+    def residual(name: str, jacobian: Tensor) -> float:
+        d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
+        j = jacobian.numpy()
+        return float(np.abs(d - expected(j)).max() / np.abs(j).max())
+
+    return residual
+
+
+def _rlw(name: str, jacobian: Tensor) -> float:
+    """The weights, recovered from d by least squares, are on the simplex."""
+    d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
+    j = jacobian.numpy()
+    n = np.linalg.norm(j, axis=1)
+    w = np.linalg.lstsq((j / n[:, None]).T, d, rcond=None)[0] / n
+    # A row 1e6 times smaller than the largest is recovered 1e6 times less accurately.
+    return float(max(-w.min(), abs(w.sum() - 1)) * n.min() / n.max())
+
+
+def _pcgrad(name: str, jacobian: Tensor) -> float:
+    """The same projections in the same order, on the vectors themselves."""
+    j = jacobian.numpy()
+    orders = random_orders(len(j), torch.Generator().manual_seed(0))
+    w = pcgrad(jacobian @ jacobian.T, orders).numpy()
+    total, size = np.zeros(j.shape[1]), 0.0
+    for i, order in enumerate(orders.numpy()):
+        v = j[i].copy()
+        for k in order:
+            s = v @ j[k]
+            if s < 0:
+                v -= s / (j[k] @ j[k]) * j[k]
+        total += v
+        size = max(size, float(np.linalg.norm(v)))
+    return float(np.linalg.norm(w @ j - total) / size)
+
+
+def _mgda(name: str, jacobian: Tensor) -> float:
+    """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
+    j = jacobian.numpy()
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    g, _, gw, size = _products(j, w)
+    gap = gw - w @ gw
+    violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0)) / size
+    return float(max(violation.max(), -w.min(), abs(w.sum() - 1)))
+
+
+def _upgrad(name: str, jacobian: Tensor) -> float:
+    """Every projection fulfils its KKT conditions, and they add up to the method's weights."""
+    j = jacobian.numpy()
+    gramian = jacobian @ jacobian.T
+    total, worst = np.zeros(len(j)), 0.0
+    for i in range(len(j)):
+        unit = np.eye(len(j))[i]
+        v = upgrad(gramian, unit).numpy()
+        _, n, gv, size = _products(j, v)
+        z = v - unit
+        worst = max(worst, float((np.maximum(-gv, 0) / size).max()), float((-z * n).max() / n[i]))
+        worst = max(worst, float((np.where(z > 0, np.abs(gv), 0) / size).max()))
+        total += v / len(j)
+    w = gradbal.create(name).weights(gramian).numpy()  # type: ignore[attr-defined]
+    return max(worst, float(np.abs((w - total) / w).max()))
+
+
+def _cagrad(name: str, jacobian: Tensor) -> float:
+    """`|d − g_0| = c|g_0|`, and the worst gain equals the bound by the best w: no duality gap."""
+    j, c = jacobian.numpy(), 0.5
+    w = cagrad(jacobian @ jacobian.T, c).numpy()
+    mean = j.mean(0)
+    step = w @ j - mean
+    radius = c * float(np.linalg.norm(mean))
+    v = (w - 1 / len(j)) / (w - 1 / len(j)).sum()
+    combined = v @ j
+    bound = combined @ mean + radius * np.linalg.norm(combined)
+    worst = (j @ (mean + step)).min()
+    # The gains' own size: how far the least of them can move inside the ball.
+    size = (np.abs(v) @ np.linalg.norm(j, axis=1)) * (np.linalg.norm(mean) + radius)
+    return float(max(abs(np.linalg.norm(step) / radius - 1), abs(bound - worst) / size))
+
+
+def _nash(name: str, jacobian: Tensor) -> float:
+    """`w_i (Gw)_i = 1`."""
+    gramian = jacobian @ jacobian.T
+    w = gradbal.create(name, max_norm=0.0).weights(gramian).numpy()  # type: ignore[attr-defined]
+    return float(np.abs(w * _products(jacobian.numpy(), w)[2] - 1).max())
+
+
+def _imtl_g(name: str, jacobian: Tensor) -> float:
+    """Equal projections on the unit rows, and weights that sum to one."""
+    j = jacobian.numpy()
+    method = gradbal.create(name, guard=False)
+    w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    _, n, gw, size = _products(j, w)
+    projections = gw / n
+    return float(max(np.ptp(projections) / (size / n).max(), abs(w.sum() - 1) / np.abs(w).sum()))
+
+
+def _uw(name: str, jacobian: Tensor) -> float:
+    """`½ e^{−s_i}` for log-variances that are not zero."""
+    method = gradbal.create(name)
+    n_tasks = len(jacobian)
+    method.prepare(n_tasks, jacobian)
+    s = torch.linspace(-3, 3, n_tasks, dtype=torch.float64)
+    method.parameters()[0].data = s.clone()
+    w = method.weights(torch.ones(n_tasks, dtype=torch.float64))  # type: ignore[attr-defined]
+    return float((w / (0.5 * torch.exp(-s)) - 1).abs().max())
+
+
+RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
+    "mean": _combination(lambda j: j.mean(0)),
+    "sum": _combination(lambda j: j.sum(0)),
+    "rlw": _rlw,
+    "uw": _uw,
+    "pcgrad": _pcgrad,
+    "mgda": _mgda,
+    "upgrad": _upgrad,
+    "cagrad": _cagrad,
+    "nash_mtl": _nash,
+    "imtl_g": _imtl_g,
+}
+"""For each method the residual of its own optimality condition; 0 is exact."""
+
+
+def worst_residuals(
+    name: str, n_jacobians: int, spread: float, scale: float, seed: int = 0
+) -> tuple[float, float]:
+    """Median and worst residual of a method over random Jacobians.
+
+    Args:
+        name: a key of `RESIDUALS`.
+        n_jacobians: how many.
+        spread, scale: see `random_jacobian`.
+        seed: of the Jacobians.
+
+    Returns:
+        Median and maximum.
+    """
+    rng = np.random.default_rng(seed)
+    found = [RESIDUALS[name](name, random_jacobian(rng, spread, scale)) for _ in range(n_jacobians)]
+    return float(np.median(found)), float(np.max(found))
