@@ -50,28 +50,24 @@ class Losses:
         return [(self.tensors, row) for row in rows]
 
     def backward(
-        self, weights: Tensor, inputs: Sequence[Tensor], retain_graph: bool
+        self,
+        weights: Tensor,
+        inputs: Sequence[Tensor],
+        retain_graph: bool,
+        absent: frozenset[int] = frozenset(),
     ) -> None:
-        """One backward pass of `Σ w_i ℓ_i` into the `.grad` of `inputs`; `weights [T]`."""
+        """One backward pass of `Σ w_i ℓ_i` into the `.grad` of `inputs`; `weights [T]`.
+
+        The losses of `absent` tasks are left out of the pass, since zero times NaN is NaN.
+        """
         weights = weights.to(self.values.device)
-        if isinstance(self.tensors, list):
-            grads = [w.to(l.dtype) for w, l in zip(weights.unbind(), self.tensors, strict=True)]
-            torch.autograd.backward(self.tensors, grads, retain_graph, inputs=inputs)
-        else:
+        if isinstance(self.tensors, Tensor) and not absent:
             grad = weights.to(self.tensors.dtype)
             torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)
-
-    def gradients(
-        self, weights: Tensor, inputs: Sequence[Tensor], retain_graph: bool
-    ) -> tuple[Tensor | None, ...]:
-        """The gradient of `Σ w_i ℓ_i`, one tensor (or None) for each of `inputs`."""
-        weights = weights.to(self.values.device)
-        if isinstance(self.tensors, list):
-            outputs = self.tensors
-            grads = [w.to(l.dtype) for w, l in zip(weights.unbind(), outputs, strict=True)]
-        else:
-            outputs, grads = [self.tensors], [weights.to(self.tensors.dtype)]
-        return torch.autograd.grad(outputs, inputs, grads, retain_graph, allow_unused=True)
+            return
+        pairs = [pair for i, pair in enumerate(self.roots(weights)) if i not in absent]
+        roots, grads = zip(*pairs, strict=True)
+        torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
 
 
 def read_losses(losses: object, names: Names | None) -> Losses:

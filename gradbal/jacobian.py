@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 __all__ = ["Rows", "accuracy", "combine", "gramian", "reached_parameters"]
 
@@ -58,11 +59,11 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
             return wide @ wide.mT
         if exact or torch.get_float32_matmul_precision() != "highest":
             # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
-            chunks = (c.double() for c in jacobian.split(CHUNK, dim=1))
+            chunks = (c.double() for c in torch.split(jacobian, CHUNK, dim=1))
             return _sum(c @ c.mT for c in chunks)
         if jacobian.dtype == torch.float32:
             return _blocked(jacobian)
-        return _sum(_blocked(c.float()) for c in jacobian.split(CHUNK, dim=1))
+        return _sum(_blocked(c.float()) for c in torch.split(jacobian, CHUNK, dim=1))
 
 
 def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
         if jacobian.dtype == torch.float32:
             return weights.float() @ jacobian
         w = weights.float()
-        parts = [(w @ c.float()).to(jacobian.dtype) for c in jacobian.split(CHUNK, dim=1)]
+        parts = [(w @ c.float()).to(jacobian.dtype) for c in torch.split(jacobian, CHUNK, dim=1)]
         return torch.cat(parts)
 
 
@@ -95,9 +96,8 @@ def _in_float64(jacobian: Tensor) -> bool:
 
 
 def _blocked(jacobian: Tensor) -> Tensor:
-    n_tasks, width = jacobian.shape
-    n_blocks = width // BLOCK
-    whole = jacobian[:, : n_blocks * BLOCK].unflatten(1, (n_blocks, BLOCK)).transpose(0, 1)
+    n_blocks = jacobian.shape[1] // BLOCK
+    whole = jacobian[:, : n_blocks * BLOCK].view(-1, n_blocks, BLOCK).transpose(0, 1)
     total = torch.bmm(whole, whole.mT).double().sum(0)
     rest = jacobian[:, n_blocks * BLOCK :]
     return total + (rest @ rest.mT).double() if rest.shape[1] else total
@@ -120,12 +120,12 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def reached_parameters(
-    roots: Iterable[Node | None], parameters: Sequence[Tensor]
+    roots: Iterable[Tensor | GradientEdge], parameters: Sequence[Tensor]
 ) -> list[Reach]:
     """Which parameters a backward pass from each root would reach, read from the graph.
 
     Args:
-        roots: T nodes of the graph (a loss's `grad_fn`).
+        roots: T tensors that require grad, or edges of the graph.
         parameters: n leaf tensors.
 
     Returns:
@@ -136,7 +136,8 @@ def reached_parameters(
     for root in roots:
         found = [False] * len(parameters)
         seen: set[Node] = set()
-        stack = [root]
+        edge = get_gradient_edge(root) if isinstance(root, Tensor) else root
+        stack: list[Node | None] = [edge.node]
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -163,8 +164,31 @@ class _Layout:
     reach: list[Reach]
     shared: list[int]
     buffer: Tensor
-    views: list[dict[int, Tensor]]
-    heads: list[list[int]]
+    views: list[dict[int, Tensor]] = field(init=False)
+    heads: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = [self.parameters[k].numel() for k in self.shared]
+        self.views = [
+            {
+                k: _like(part, self.parameters[k])
+                for k, part in zip(self.shared, torch.split(row, sizes), strict=True)
+                if reached[k]
+            }
+            for row, reached in zip(self.buffer, self.reach, strict=True)
+        ]
+        self.heads = [
+            [k for k, is_reached in enumerate(reached) if is_reached and k not in views]
+            for views, reached in zip(self.views, self.reach, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled view would no longer be a view of the buffer.
+        return {k: v for k, v in self.__dict__.items() if k not in ("views", "heads")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
 
 @dataclass
@@ -201,6 +225,11 @@ class Rows:
     def shared(self) -> list[int]:
         """Indices of the shared parameters."""
         return self._current.shared
+
+    @property
+    def width(self) -> int | None:
+        """P, the number of shared scalars; None before the first step."""
+        return None if self._layout is None else self._layout.buffer.shape[1]
 
     @property
     def jacobian(self) -> Tensor:
@@ -251,8 +280,8 @@ class Rows:
         if not accumulate:
             self.heads = [{} for _ in roots]
         if layout is None:
-            nodes = [_node(root) for root, _ in roots]
-            layout = self._new_layout(parameters, reached_parameters(nodes, parameters))
+            reach = reached_parameters((root for root, _ in roots), parameters)
+            layout = self._new_layout(parameters, reach)
         loose: list[dict[int, Tensor]] | None = None
         with _hooks_held_back(parameters):
             for i, (root, cotangent) in enumerate(roots):
@@ -262,15 +291,15 @@ class Rows:
                     continue
                 last = all(j in sit_out for j in range(i + 1, len(roots)))
                 grads = torch.autograd.grad(
-                    [root],
+                    root,
                     parameters,
-                    [cotangent],
+                    cotangent,
                     retain_graph=retain_graph or not last,
                     allow_unused=True,
                 )
                 _check_dense(grads, parameters)
-                reach = tuple(g is not None for g in grads)
-                if loose is None and reach != layout.reach[i]:
+                found = tuple(g is not None for g in grads)
+                if loose is None and found != layout.reach[i]:
                     written = len(roots) if accumulate else i
                     loose = self._loosen(layout, written, sit_out)
                 if loose is None:
@@ -286,7 +315,7 @@ class Rows:
     ) -> None:
         views = layout.views[i]
         if views:
-            parts = [grads[k] for k in views]
+            parts: list[Any] = [grads[k] for k in views]
             (torch._foreach_add_ if accumulate else torch._foreach_copy_)([*views.values()], parts)
         _add(self.heads[i], {k: grads[k] for k in layout.heads[i]})  # type: ignore[misc]
 
@@ -323,37 +352,31 @@ class Rows:
             dtype = torch.promote_types(dtype, p.dtype)
         sizes = [p.numel() for p in chosen]
         buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=chosen[0].device)
-        views = [
-            {
-                k: _like(part, parameters[k])
-                for k, part in zip(shared, row.split(sizes), strict=True)
-                if reached[k]
-            }
-            for row, reached in zip(buffer, reach, strict=True)
-        ]
-        heads = [
-            [k for k, is_reached in enumerate(reached) if is_reached and k not in views[i]]
-            for i, reached in enumerate(reach)
-        ]
-        return _Layout(parameters, reach, shared, buffer, views, heads)
+        return _Layout(parameters, reach, shared, buffer)
 
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
-        like = self._current.buffer
+        device = self._current.buffer.device
         largest = []
         for head in self.heads:
             norms = torch._foreach_norm(list(head.values()), float("inf")) if head else ()
-            same = [n.to(like) for n in norms]
-            largest.append(torch.stack(same).sum() if same else like.new_zeros(()))
+            same = [n.to(device, torch.float32) for n in norms]
+            largest.append(torch.stack(same).amax() if same else torch.zeros((), device=device))
         return torch.stack(largest)
 
-    def zero_rows(self) -> list[int]:
-        """Tasks whose row is exactly zero (a read from the device; asked for in rare cases)."""
-        largest = self._current.buffer.abs().amax(1).tolist()
-        return [i for i, value in enumerate(largest) if value == 0.0]
+    def are_zero(self, tasks: Sequence[int]) -> bool:
+        """Whether the rows of these tasks are exactly zero (a read from the device)."""
+        return not bool(self._current.buffer[list(tasks)].any())
 
-    def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # The buffer is worth a copy only where gradients are pending in it.
+        state = self.__dict__.copy()
+        if not self.pending:
+            state.update(_layout=None, heads=[])
+        return state
+
+    def deliver(self, direction: Tensor, head_weights: Sequence[float | None]) -> None:
         """Sends the result into `.grad` through AccumulateGrad.
 
         Accumulation, hooks on parameters and DDP's reducer then behave as after an ordinary
@@ -368,14 +391,14 @@ class Rows:
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes = [p.numel() for p in chosen]
         grads = [
-            _like(part, p) for part, p in zip(direction.split(sizes), chosen, strict=True)
+            _like(part, p) for part, p in zip(torch.split(direction, sizes), chosen, strict=True)
         ]
         targets = list(chosen)
         for weight, head in zip(head_weights, self.heads, strict=True):
             if weight is None or not head:
                 continue
             parts = list(head.values())
-            if not (isinstance(weight, float) and weight == 1.0):
+            if weight != 1.0:
                 # Not in place: autograd may return one tensor for two parameters.
                 parts = list(torch._foreach_mul(parts, weight))
             targets.extend(layout.parameters[k] for k in head)
@@ -408,10 +431,6 @@ def shared_indices(
             else f"no loss reaches any of the {len(explicit)} `shared_params`"
         )
     return shared
-
-
-def _node(root: Tensor | GradientEdge) -> Node | None:
-    return root.grad_fn if isinstance(root, Tensor) else root.node
 
 
 def _like(part: Tensor, parameter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""MultiTaskOptimizer: a torch optimizer whose `backward` balances the gradients of several losses."""
+"""MultiTaskOptimizer: a torch optimizer whose `backward` balances several losses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradbal._balancer import Balancer
 from gradbal._losses import Losses, Names, read_losses
+from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
     Aggregator,
     ClosureAggregator,
-    GramianAggregator,
     JacobianAggregator,
     Scalarizer,
     one_of,
-)
-from gradbal.jacobian import (
-    Rows,
-    accuracy,
-    combine,
-    gramian,
-    reached_parameters,
-    shared_indices,
 )
 from gradbal.registry import create, near_misses
 
@@ -32,22 +25,6 @@ __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
 _ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 _FORMAT = 1
-
-
-class NonFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite.
-
-    Attributes:
-        tasks: names of the tasks that it came from.
-    """
-
-    def __init__(self, what: str, tasks: Sequence[str | int]) -> None:
-        self.tasks = list(tasks)
-        names = ", ".join(map(repr, tasks))
-        super().__init__(
-            f"{what} must be finite, found NaN or inf for task {names}; parameters and state are "
-            'unchanged. nonfinite="skip" leaves such steps out, nonfinite="drop" such tasks'
-        )
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -81,9 +58,6 @@ class MultiTaskOptimizer(Optimizer):
     Attributes:
         optimizer: the wrapped optimizer.
         aggregator: the aggregator.
-        weights: after `backward`, `w [T]` of the shared gradient; None for methods without weights.
-        gramian: after `backward`, `JJᵀ [T, T]` in float64, or None.
-        losses: after `backward`, `[T]`, detached.
 
     Raises:
         TypeError: not an optimizer, or an unknown keyword of the aggregator.
@@ -135,39 +109,48 @@ class MultiTaskOptimizer(Optimizer):
                     f"update_every must be 1 for {self.aggregator.name!r}, which has no weights "
                     f"to use again, found {update_every}"
                 )
-        self.optimizer = optimizer
-        self.heads: str = heads or self.aggregator.promises.heads
-        self.jacobian = "loop"
-        self.update_every = update_every
-        self.loss_transform = loss_transform
-        self.nonfinite = nonfinite
-        self.shared_params = self._check_shared(shared_params)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 f"{self.aggregator.name!r} trains weights of its own, in a param group of their "
                 "own, which LBFGS does not support"
             )
+        self._balancer = Balancer(
+            self.aggregator,
+            heads=heads or self.aggregator.promises.heads,
+            shared_params=_check_shared(shared_params, optimizer),
+            update_every=update_every,
+            loss_transform=loss_transform,
+            nonfinite=nonfinite,
+        )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
             optimizer.add_param_group(known)
-        self.weights: Tensor | None = None
-        self.gramian: Tensor | None = None
-        self.losses: Tensor | None = None
-        self._head_weights: Tensor | None = None
-        self._tasks: Names | None = None
-        self._n_updates = 0
+        self.optimizer = optimizer
         self._n_skipped = 0
-        self._n_dropped: dict[str | int, int] = {}
         self._skip_step = False
-        self._clear_pending()
-        self._rows = Rows(self.shared_params)
-        self._unchecked: _HostCopy | None = None
+        self._spoiled = False
+        self._late: LateCheck | None = None
+
+    @property
+    def weights(self) -> Tensor | None:
+        """`w [T]` of the shared gradient at the last step; None for methods without weights."""
+        return self._balancer.weights
+
+    @property
+    def gramian(self) -> Tensor | None:
+        """`JJᵀ [T, T]` in float64 at the last step; None where no Jacobian was taken."""
+        return self._balancer.gramian
+
+    @property
+    def losses(self) -> Tensor | None:
+        """The losses `[T]` of the last step, detached; summed over its micro-batches."""
+        return self._balancer.losses
 
     # What makes it an optimizer: everything here is the wrapped one's.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's param groups."""
         return self.optimizer.param_groups
 
@@ -176,7 +159,7 @@ class MultiTaskOptimizer(Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's state."""
         return self.optimizer.state
 
@@ -185,7 +168,7 @@ class MultiTaskOptimizer(Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
@@ -211,18 +194,14 @@ class MultiTaskOptimizer(Optimizer):
         return f"MultiTaskOptimizer({self.optimizer!r}, {self.aggregator!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Schedulers put a patched `step` on the instance; the buffer is not worth copying
-        # unless gradients are pending in it.
+        # Schedulers put a patched `step` on the instance.
         state = self.__dict__.copy()
         state.pop("step", None)
-        state.pop("_unchecked", None)
-        if not self._rows.pending:
-            state["_rows"] = Rows(self.shared_params)
+        state["_late"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._unchecked = None
 
     # Training.
 
@@ -259,31 +238,39 @@ class MultiTaskOptimizer(Optimizer):
             raise NotImplementedError("`features` (gradients at a representation) is not there yet")
         if len(independent):
             raise NotImplementedError("`independent` (double sampling) is not there yet")
-        batch = read_losses(losses, self._tasks)
-        self.aggregator.prepare(len(batch.names), batch.values)
-        scale = None
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            scale = grad_scaler.scale(torch.ones((), device=batch.values.device))
-        if self.loss_transform == "log":
+        balancer = self._balancer
+        batch = read_losses(losses, balancer.tasks)
+        if balancer.loss_transform == "log":
             _check_positive(batch)
-        absent = self._absent(batch) if scale is None else frozenset()
-        self._skip_step = False
-        if absent is None:
-            self._skip(batch)
-            return
-        before, self._tasks = self._tasks, batch.names
-        try:
-            if self._needs_jacobian(accumulate):
-                self._backward_rows(batch, absent, accumulate, scale, retain_graph)
-            else:
-                self._backward_once(batch, absent, accumulate, scale, retain_graph)
-        except BaseException:
-            self._clear_pending()
-            self._rows.pending = False
-            self._tasks = before
-            raise
+        parameters = self._trained()
+        device = batch.values.device
+        scale = absent = None
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            # From here on an overflow is the scaler's to deal with.
+            scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
+        else:
+            absent = self._absent(batch)
+        self.aggregator.prepare(len(batch.names), batch.values)
+        self._late, self._skip_step = None, False
+        if self._spoiled:
+            # One of this step's micro-batches was not finite: the whole step is left out.
+            self._spoiled, self._skip_step = accumulate, True
+        elif absent is None or not balancer.backward(
+            batch,
+            parameters,
+            absent=absent,
+            accumulate=accumulate,
+            scale=scale,
+            retain_graph=retain_graph,
+        ):
+            balancer.give_up_pending()
+            self._n_skipped += 1
+            self._spoiled, self._skip_step = accumulate, True
+        elif scale is None and device.type != "cpu" and self.gramian is None and not accumulate:
+            assert self.losses is not None
+            self._late = LateCheck(self.losses, batch.names)
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         val_closure: Callable[[], Any] | None = None,
@@ -349,14 +336,14 @@ class MultiTaskOptimizer(Optimizer):
             c = torch.where(n[:, None] > 0, c, 0.0)
             norms, cosines = n.tolist(), c.tolist()
             conflicts = int((c < 0).triu(1).sum())
-        has_rows = self._rows._layout is not None
+        balancer = self._balancer
         return {
-            "engine": self.jacobian,
-            "tasks": None if self._tasks is None else list(self._tasks),
-            "steps": self._n_updates,
+            "engine": "loop",
+            "tasks": None if balancer.tasks is None else list(balancer.tasks),
+            "steps": balancer.n_steps,
             "skipped": self._n_skipped,
-            "dropped": dict(self._n_dropped),
-            "shared": self._rows.jacobian.shape[1] if has_rows else None,
+            "dropped": dict(balancer.n_dropped),
+            "shared": balancer.rows.width,
             "weights": None if self.weights is None else self.weights.tolist(),
             "losses": None if self.losses is None else self.losses.tolist(),
             "gradient_norms": norms,
@@ -377,12 +364,8 @@ class MultiTaskOptimizer(Optimizer):
         state["gradbal"] = {
             "format": _FORMAT,
             "aggregator": self.aggregator.state_dict(),
-            "tasks": None if self._tasks is None else list(self._tasks),
-            "weights": _copy(self.weights),
-            "head_weights": _copy(self._head_weights),
-            "updates": self._n_updates,
+            "balancer": self._balancer.state_dict(),
             "skipped": self._n_skipped,
-            "dropped": dict(self._n_dropped),
         }
         return state
 
@@ -406,11 +389,7 @@ class MultiTaskOptimizer(Optimizer):
         if mine["format"] != _FORMAT:
             raise ValueError(f"the checkpoint's format must be {_FORMAT}, found {mine['format']}")
         self.aggregator.check_state_dict(mine["aggregator"])
-        tasks = None if mine["tasks"] is None else tuple(mine["tasks"])
-        if self._tasks is not None and tasks is not None and tasks != self._tasks:
-            raise ValueError(
-                f"the checkpoint must be of tasks {list(self._tasks)}, found {list(tasks)}"
-            )
+        _check_tasks(self._balancer.tasks, mine["balancer"]["tasks"])
         before = self.aggregator.state_dict()
         self.aggregator.load_state_dict(mine["aggregator"])
         device = self.optimizer.param_groups[0]["params"][0].device
@@ -421,233 +400,15 @@ class MultiTaskOptimizer(Optimizer):
         except BaseException:
             self.aggregator.load_state_dict(before)
             raise
-        self._tasks = tasks
-        self.weights = _copy(mine["weights"])
-        self._head_weights = _copy(mine["head_weights"])
-        self.gramian = self.losses = None
-        self._n_updates = mine["updates"]
+        self._balancer.load_state_dict(mine["balancer"])
         self._n_skipped = mine["skipped"]
-        self._n_dropped = dict(mine["dropped"])
-        self._clear_pending()
-        self._rows = Rows(self.shared_params)
-
-    # One step, by kind of aggregator.
-
-    def _needs_jacobian(self, accumulate: bool) -> bool:
-        if self._rows.pending:
-            return True
-        if isinstance(self.aggregator, Scalarizer):
-            # A sum of micro-batches has the weights of the summed losses, known only at the end.
-            return accumulate and not self.aggregator.linear
-        return self._refreshes()
-
-    def _refreshes(self) -> bool:
-        """Whether this step computes weights, rather than use the last ones again."""
-        return self.weights is None or self._n_updates % self.update_every == 0
-
-    def _backward_rows(
-        self,
-        batch: Losses,
-        absent: frozenset[int],
-        accumulate: bool,
-        scale: Tensor | None,
-        retain_graph: bool,
-    ) -> None:
-        """T passes, then the aggregator on the Jacobian."""
-        values, factors = self._transformed(batch)
-        cotangents = factors if scale is None else factors * scale.to(factors)
-        self._rows.take(
-            batch.roots(cotangents),
-            self._trained(),
-            sit_out=absent,
-            retain_graph=retain_graph,
-        )
-        self._add_pending(batch, values, absent)
-        if accumulate:
-            self._rows.pending = True
-            return
-        values, absent = self._pending_values, self._pending_absent
-        g, host = self._gramian_on_host(values, scale)
-        bad = [i for i in range(len(batch.names)) if i not in absent and not host.finite(i)]
-        if bad and scale is not None:
-            self._deliver_overflow(batch.names)
-            return
-        if bad and self.nonfinite == "raise":
-            raise NonFiniteError("gradients", [batch.names[i] for i in bad])
-        if bad and self.nonfinite == "skip":
-            self._skip(batch)
-            return
-        absent = absent | frozenset(bad)
-        self._count_dropped(batch.names, absent)
-        present = [i for i in range(len(batch.names)) if i not in absent]
-        direction, weights, head_weights = self._aggregate(host, present, scale)
-        heads: list[float | Tensor | None] = [None] * len(batch.names)
-        for i in present:
-            heads[i] = 1.0 if self.heads == "own" else float(head_weights[i])
-        self._rows.deliver(direction, heads)
-        if isinstance(self.aggregator, Scalarizer):
-            self._train_own_weights(values, present, scale)
-        self._remember(weights, head_weights, g, self._pending_losses)
-
-    def _gramian_on_host(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, _OnHost]:
-        """G and all else that the host decides on, in one transfer of `[T + 2, T]` numbers."""
-        jacobian = self._rows.jacobian
-        extremes = self._rows.head_extremes()
-        for exact in (False, True):
-            g = gramian(jacobian, exact=exact)
-            if scale is not None:
-                g = g / scale.to(g) ** 2
-            packed = torch.cat([g, values.to(g)[None], extremes.to(g)[None]]).cpu()
-            host = _OnHost(packed[:-2], packed[-2], packed[-1])
-            # Squares of entries beyond 1e±15 may leave float32's range, and squares of NaN stay.
-            if exact or host.in_float32_range(self._rows.zero_rows()):
-                break
-        return g, host
-
-    def _aggregate(
-        self, host: _OnHost, present: list[int], scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
-        aggregator, jacobian = self.aggregator, self._rows.jacobian
-        n_tasks = len(jacobian)
-        everyone = len(present) == n_tasks
-        if isinstance(aggregator, JacobianAggregator):
-            rows = jacobian if everyone else jacobian[present]
-            if scale is not None:
-                rows = rows / scale.to(rows)
-            direction = aggregator.direction(rows, host.values[present])
-            if scale is not None:
-                direction = direction * scale.to(direction)
-            return direction, None, torch.ones(n_tasks, dtype=torch.float64)
-        w = torch.zeros(n_tasks, dtype=torch.float64)
-        head_weights = w.clone()
-        values = host.values if everyone else host.values[present]
-        if isinstance(aggregator, Scalarizer):
-            w[present] = self._scalarizer_weights(values, present).double()
-            head_weights = w
-        else:
-            assert isinstance(aggregator, GramianAggregator)
-            g = host.gramian if everyone else host.gramian[present][:, present]
-            aggregator.accuracy = accuracy(jacobian)
-            w[present] = aggregator.weights(g, values).double()
-            head_weights[present] = aggregator.head_weights(w[present], g).double()
-        return combine(w, jacobian), w, head_weights
-
-    def _deliver_overflow(self, names: Names) -> None:
-        """Gradients that GradScaler finds infinite, so that it skips the step and backs off."""
-        jacobian = self._rows.jacobian
-        overflow = torch.full_like(jacobian[0], float("inf"))
-        self._rows.deliver(overflow, [1.0] * len(names))
-        self._clear_pending()
-
-    def _backward_once(
-        self,
-        batch: Losses,
-        absent: frozenset[int],
-        accumulate: bool,
-        scale: Tensor | None,
-        retain_graph: bool,
-    ) -> None:
-        """One pass of `Σ w_i ℓ_i`, for scalarizers and for weights that are used again."""
-        values, factors = self._transformed(batch)
-        present = [i for i in range(len(batch.names)) if i not in absent]
-        first = self._pending_weights is None
-        reuse = not isinstance(self.aggregator, Scalarizer) or not self._refreshes()
-        if first:
-            self._pending_weights = self._once_weights(values, present, reuse)
-        assert self._pending_weights is not None
-        w, head_weights = self._pending_weights
-        if absent:
-            kept = torch.zeros_like(w)
-            kept[present] = w[present]
-            w = kept
-        scaled = factors if scale is None else factors * scale.to(factors)
-        parameters = self._trained()
-        if self.heads == "weighted" and head_weights is w:
-            batch.backward(w.to(scaled) * scaled, parameters, retain_graph)
-        else:
-            self._backward_apart(batch, w, head_weights, scaled, present, parameters, retain_graph)
-        self._add_pending(batch, values, absent)
-        if accumulate:
-            return
-        self._count_dropped(batch.names, self._pending_absent)
-        if not reuse:
-            self._train_own_weights(self._pending_values, present, scale)
-        if batch.values.device.type != "cpu" and scale is None:
-            self._unchecked = _HostCopy(self._pending_losses, batch.names)
-        weights, heads = self._pending_weights
-        self._remember(weights, heads, None, self._pending_losses)
-
-    def _once_weights(
-        self, values: Tensor, present: list[int], reuse: bool
-    ) -> tuple[Tensor, Tensor]:
-        if reuse:
-            assert self.weights is not None
-            heads = self.weights if self._head_weights is None else self._head_weights
-            same = heads is self.weights or torch.equal(heads, self.weights.to(heads))
-            return self.weights, self.weights if same else heads
-        w = torch.zeros_like(values)
-        part = values if len(present) == len(values) else values[present]
-        w[present] = self._scalarizer_weights(part, present).to(w)
-        return w, w
-
-    def _backward_apart(
-        self,
-        batch: Losses,
-        w: Tensor,
-        head_weights: Tensor,
-        factors: Tensor,
-        present: list[int],
-        parameters: list[Tensor],
-        retain_graph: bool,
-    ) -> None:
-        """Shared and task-specific parameters with different weights: a second, short pass."""
-        nodes = [
-            root.grad_fn if isinstance(root, Tensor) else root.node
-            for root, _ in batch.roots(factors)
-        ]
-        reach = reached_parameters(nodes, parameters)
-        shared = set(shared_indices(parameters, reach, self.shared_params))
-        apart = torch.zeros_like(factors)
-        apart[present] = 1.0 if self.heads == "own" else head_weights.to(apart)[present]
-        trunk = [p for k, p in enumerate(parameters) if k in shared]
-        rest = [p for k, p in enumerate(parameters) if k not in shared]
-        if rest:
-            batch.backward(apart * factors, rest, True)
-        batch.backward(w.to(factors) * factors, trunk, retain_graph)
-
-    def _scalarizer_weights(self, values: Tensor, present: list[int]) -> Tensor:
-        """`∂S/∂ℓ [k]` of the scalarizer at the values of the k tasks that take part."""
-        leaf = values.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            (w,) = torch.autograd.grad(self._scalarize(leaf, present), leaf)
-        return w
-
-    def _scalarize(self, leaf: Tensor, present: list[int]) -> Tensor:
-        aggregator = self.aggregator
-        assert isinstance(aggregator, Scalarizer)
-        assert self._tasks is not None
-        if aggregator.per_task_state and len(present) < len(self._tasks):
-            return aggregator.scalarize(leaf, tasks=present)  # type: ignore[call-arg]
-        return aggregator.scalarize(leaf)
-
-    def _train_own_weights(
-        self, values: Tensor, present: list[int], scale: Tensor | None
-    ) -> None:
-        """Puts the gradient of a scalarizer's learnable weights into their `.grad`."""
-        own = self.aggregator.parameters()
-        if not own:
-            return
-        with torch.enable_grad():
-            total = self._scalarize(values.detach()[present], present)
-            grads = torch.autograd.grad(total, own)
-        if scale is not None:
-            grads = tuple(g * scale.to(g) for g in grads)
-        torch.autograd.backward(own, grads)
+        self._skip_step = self._spoiled = False
+        self._late = None
 
     # Small parts.
 
     def _trained(self) -> list[Tensor]:
+        """The parameters to train, without the aggregator's own."""
         own = {id(p) for p in self.aggregator.parameters()}
         trained = [
             p
@@ -664,80 +425,31 @@ class MultiTaskOptimizer(Optimizer):
                 )
         return trained
 
-    def _transformed(self, batch: Losses) -> tuple[Tensor, Tensor]:
-        """The losses that the aggregator sees, and the derivative of each by the loss itself."""
-        values = batch.values
-        if values.dtype in (torch.float16, torch.bfloat16):
-            values = values.float()
-        if self.loss_transform == "log":
-            return values.log(), 1.0 / values
-        return values, torch.ones_like(values)
-
     def _absent(self, batch: Losses) -> frozenset[int] | None:
-        """Tasks that sit this step out for their loss is not finite; None to skip the step."""
-        if batch.values.device.type != "cpu" and isinstance(self.aggregator, Scalarizer):
-            # Reading would wait for the device; `step` looks at a copy.
+        """Tasks that sit this step out since their loss is not finite; None skips the step."""
+        policy = self._balancer.nonfinite
+        if batch.values.device.type != "cpu" and (
+            isinstance(self.aggregator, Scalarizer) or policy != "drop"
+        ):
+            # Reading would wait for the device. The losses come to the host with the Gramian; for
+            # a scalarizer `step` looks at a copy.
             return frozenset()
-        if batch.values.device.type != "cpu" and self.nonfinite != "drop":
-            # The losses come to the host together with the Gramian.
-            return frozenset()
-        bad = [i for i, v in enumerate(batch.values.tolist()) if not _is_finite(v)]
-        if not bad:
-            return frozenset()
-        if self.nonfinite == "raise":
+        bad = not_finite(batch.values.tolist())
+        if bad and policy == "raise":
             raise NonFiniteError("losses", [batch.names[i] for i in bad])
-        return None if self.nonfinite == "skip" or len(bad) == len(batch.names) else frozenset(bad)
+        if bad and (policy == "skip" or len(bad) == len(batch.names)):
+            return None
+        return frozenset(bad)
 
     def _check_late(self) -> None:
-        """Looks at the losses of a scalarizer on an accelerator, copied while `backward` ran."""
-        late, self._unchecked = self._unchecked, None
-        bad = late.not_finite() if late is not None else []
-        if bad and self.nonfinite == "raise":
+        """Looks at losses that were on their way to the host while `backward` ran."""
+        late, self._late = self._late, None
+        bad = [] if late is None else late.bad()
+        if bad and self._balancer.nonfinite == "raise":
             raise NonFiniteError("losses", bad)
         if bad:
             self._n_skipped += 1
             self._skip_step = True
-
-    def _skip(self, batch: Losses) -> None:
-        self._tasks = batch.names
-        self._n_skipped += 1
-        self._skip_step = True
-        self._clear_pending()
-        self._rows.pending = False
-
-    def _count_dropped(self, names: Names, absent: frozenset[int]) -> None:
-        for i in absent:
-            self._n_dropped[names[i]] = self._n_dropped.get(names[i], 0) + 1
-
-    def _add_pending(self, batch: Losses, values: Tensor, absent: frozenset[int]) -> None:
-        """Adds a micro-batch's losses to those of the micro-batches before it."""
-        plain = batch.values
-        if self._pending_any:
-            values, plain = self._pending_values + values, self._pending_losses + plain
-            absent = self._pending_absent | absent
-        self._pending_any = True
-        self._pending_values, self._pending_losses = values, plain
-        self._pending_absent = absent
-
-    def _clear_pending(self) -> None:
-        self._pending_any = False
-        self._pending_values = self._pending_losses = torch.empty(0)
-        self._pending_absent: frozenset[int] = frozenset()
-        self._pending_weights: tuple[Tensor, Tensor] | None = None
-
-    def _remember(
-        self,
-        weights: Tensor | None,
-        head_weights: Tensor | None,
-        g: Tensor | None,
-        losses: Tensor,
-    ) -> None:
-        self.weights = None if weights is None else weights.detach().to(losses.device)
-        self._head_weights = None if head_weights is None else head_weights.to(losses.device)
-        self.gramian = g
-        self.losses = losses
-        self._n_updates += 1
-        self._clear_pending()
 
     def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, Tensor]:
         """Losses from the closure, balanced into `.grad`, and `Σ w_i ℓ_i`."""
@@ -753,67 +465,24 @@ class MultiTaskOptimizer(Optimizer):
         w = torch.ones_like(self.losses) if self.weights is None else self.weights.to(self.losses)
         return losses, (w * self.losses).sum()
 
-    def _check_shared(self, shared: Iterable[Tensor] | None) -> list[Tensor] | None:
-        if shared is None:
-            return None
-        chosen = list(shared)
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        strangers = sum(1 for p in chosen if id(p) not in known)
-        if not chosen or strangers:
-            raise ValueError(
-                "`shared_params` must be parameters of the wrapped optimizer, found "
-                + (f"{strangers} of {len(chosen)} that are not" if chosen else "none")
-            )
-        return chosen
 
-
-class _OnHost:
-    """What comes from the device once a step: G `[T, T]`, losses `[T]`, the heads' extremes `[T]`."""
-
-    def __init__(self, g: Tensor, values: Tensor, extremes: Tensor) -> None:
-        self.gramian, self.values = g, values
-        self._checks = torch.stack([g.diagonal(), values, extremes]).isfinite().all(0).tolist()
-        self._squares = g.diagonal().tolist()
-
-    def finite(self, i: int) -> bool:
-        """Whether loss, gradient and head gradient of task i are."""
-        return bool(self._checks[i])
-
-    def in_float32_range(self, zero_rows: Sequence[int]) -> bool:
-        """Whether no square norm of a row lies where float32 products lose it."""
-        return all(
-            1e-25 < s < 1e35 for i, s in enumerate(self._squares) if i not in set(zero_rows)
+def _check_shared(shared: Iterable[Tensor] | None, optimizer: Optimizer) -> list[Tensor] | None:
+    if shared is None:
+        return None
+    chosen = list(shared)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = sum(1 for p in chosen if id(p) not in known)
+    if not chosen or strangers:
+        raise ValueError(
+            "`shared_params` must be parameters of the wrapped optimizer, found "
+            + (f"{strangers} of {len(chosen)} that are not" if chosen else "none")
         )
+    return chosen
 
 
-class _HostCopy:
-    """Loss values on their way from an accelerator, without waiting for it."""
-
-    def __init__(self, values: Tensor, names: Names) -> None:
-        self.names = names
-        self.event = None
-        if values.device.type == "cuda":
-            self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.host.copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host = values
-
-    def not_finite(self) -> list[str | int]:
-        """Names of the tasks whose loss is NaN or inf."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = self.host.tolist()
-        return [name for name, v in zip(self.names, values, strict=True) if not _is_finite(v)]
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+def _check_tasks(mine: Names | None, theirs: Sequence[str | int] | None) -> None:
+    if mine is not None and theirs is not None and tuple(theirs) != mine:
+        raise ValueError(f"the checkpoint must be of tasks {list(mine)}, found {list(theirs)}")
 
 
 def _check_positive(batch: Losses) -> None:

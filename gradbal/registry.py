@@ -31,8 +31,8 @@ class Promises:
         simplex: the weights are non-negative and sum to one.
         row_scale_invariant: `A(DJ)` does not depend on the positive diagonal D.
         linear_row_scaling: `A(diag(c) J)` is linear in c > 0.
-        continuous: d depends continuously on J. False where the cut-off of a pseudo-inverse decides.
-        deterministic: two calls with the same input agree; random methods need their generator reset.
+        continuous: d depends continuously on J; not where a pseudo-inverse's cut-off decides.
+        deterministic: two calls with the same input agree; else the generator has to be reset.
     """
 
     heads: Heads = "own"
@@ -138,7 +138,7 @@ def register(
     """
 
     def decorate(cls: type[A]) -> type[A]:
-        kind = getattr(cls, "kind", None)
+        kind = getattr(cls, "category", None)
         if not (inspect.isclass(cls) and kind in _CONSUMES):
             raise TypeError(
                 "`register` takes a subclass of Scalarizer, GramianAggregator, JacobianAggregator "

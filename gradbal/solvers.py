@@ -10,6 +10,7 @@ NumPy is used because at these sizes (T up to about 100) a call costs a fifth of
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Indices = NDArray[np.intp]
 
 RESIDUAL = 1e-8
 """Relative residual of the optimality conditions that every solve has to reach."""
@@ -71,7 +73,7 @@ def checked(solution: Solution, problem: str) -> Array:
     return solution.x
 
 
-def cosine_matrix(gramian: Array) -> tuple[Array, Array, NDArray[np.intp]]:
+def cosine_matrix(gramian: Array) -> tuple[Array, Array, Indices]:
     """Cosines and norms of the rows that are not zero.
 
     Args:
@@ -291,7 +293,7 @@ def barrier_newton(c: Array, ridge: float) -> Solution:
         rhs = v * gradient
         step = np.linalg.solve(scaled, rhs)
         iterations += 1
-        decrement = float(np.sqrt(max(rhs @ step, 0.0)))
+        decrement = math.sqrt(max(float(rhs @ step), 0.0))
         v = v * (1.0 - step if decrement < 0.25 else 1.0 - step / (1.0 + decrement))
         # Full steps square the decrement, until it is rounding, which does not shrink.
         if decrement < 1e-12 or (decrement < 0.25 and decrement > 0.5 * previous):

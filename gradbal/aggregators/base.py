@@ -14,13 +14,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
 from gradbal.jacobian import accuracy, combine, gramian
 from gradbal.registry import Promises
-from gradbal.solvers import cosine_matrix
+from gradbal.solvers import Array, Indices, cosine_matrix
 
 __all__ = [
     "Aggregator",
@@ -36,9 +35,6 @@ __all__ = [
     "solve_active",
     "symmetric_float64",
 ]
-
-Array = NDArray[np.float64]
-Indices = NDArray[np.intp]
 
 
 def symmetric_float64(gramian: Tensor) -> Array:
@@ -113,9 +109,10 @@ def in_range(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, found {value!r}")
     above = value >= low if bounds[0] == "[" else value > low
-    below = value <= high if bounds[1] == "]" else value < high
+    below = value <= high if bounds[1] == "]" and high < math.inf else value < high
     if not (above and below):
-        raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{bounds[1]}, found {value!r}")
+        end = bounds[1] if high < math.inf else ")"
+        raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -125,7 +122,9 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         ValueError: another value; the message lists the choices.
     """
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}"
+        )
 
 
 class Aggregator(ABC):
@@ -135,7 +134,7 @@ class Aggregator(ABC):
     `state_names` the attributes that change from step to step.
     """
 
-    kind: ClassVar[str]
+    category: ClassVar[str]
     name: ClassVar[str] = ""
     promises: ClassVar[Promises] = Promises()
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -185,9 +184,8 @@ class Aggregator(ABC):
     def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Raises ValueError, naming the difference, when `state_dict` is not of this method."""
         if state_dict.get("name") != self.name:
-            raise ValueError(
-                f"a checkpoint of {self.name!r} is required, found one of {state_dict.get('name')!r}"
-            )
+            other = state_dict.get("name")
+            raise ValueError(f"a checkpoint of {self.name!r} is required, found one of {other!r}")
         for part, mine in (
             ("hyperparameters", set(self.hyperparameters())),
             ("state", set(self.state_names)),
@@ -251,7 +249,7 @@ class RandomMixin:
 class Scalarizer(Aggregator):
     """Consumes the losses alone; one backward a step."""
 
-    kind = "scalarizer"
+    category = "scalarizer"
     promises = Promises(heads="weighted")
     linear: ClassVar[bool] = False
     """Whether the weights do not depend on the losses, so that micro-batches simply add up."""
@@ -284,7 +282,7 @@ class Scalarizer(Aggregator):
 class GramianAggregator(Aggregator):
     """Consumes `G = JJᵀ` (and the losses' values); T backwards a step."""
 
-    kind = "gramian"
+    category = "gramian"
     accuracy: float = 1e-15
     """Relative accuracy of the Gramians that come in; whoever forms them sets it."""
 
@@ -321,7 +319,7 @@ class GramianAggregator(Aggregator):
 class JacobianAggregator(Aggregator):
     """Consumes all of J; T backwards a step."""
 
-    kind = "jacobian"
+    category = "jacobian"
 
     @abstractmethod
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -339,7 +337,7 @@ class JacobianAggregator(Aggregator):
 class ClosureAggregator(Aggregator):
     """Consumes the closure: losses evaluated again, validation losses, independent batches."""
 
-    kind = "closure"
+    category = "closure"
 
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> Any:

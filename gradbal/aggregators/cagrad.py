@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, one_of, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, checked, positive_part, simplex_qp
+from gradbal.solvers import Array, Indices, checked, positive_part, simplex_qp
 
 __all__ = ["CAGrad", "cagrad"]
 
@@ -78,11 +80,11 @@ def cagrad(gramian: Tensor, c: float = 0.5, *, accuracy: float = 1e-15) -> Tenso
     """
     size = len(gramian)
 
-    def solve(cosines: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+    def solve(cosines: Array, n: Array, active: Indices) -> Array:
         h = positive_part(cosines, accuracy)
         n = n / n.max()
         q = h @ n / size  # ⟨u_i, g_0⟩ for the unit rows
-        radius = c * np.sqrt(max(n @ q / size, 0.0))
+        radius = c * math.sqrt(max(float(n @ q) / size, 0.0))
         uniform = np.full(len(n), 1.0 / size)
         if radius == 0.0:
             return uniform
@@ -106,7 +108,7 @@ def _worst_case(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, flo
     for _ in range(100):
         solution = simplex_qp(h, t * q, a)
         y = solution.x
-        length = float(np.sqrt(max(y @ h @ y, 0.0)))
+        length = math.sqrt(max(float(y @ h @ y), 0.0))
         ratio = length / (radius * t)
         if abs(ratio - 1.0) < 1e-13:
             break
@@ -125,7 +127,7 @@ def _worst_case(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, flo
     return y, length
 
 
-def _root_on_active_set(h: Array, q: Array, a: Array, p: np.ndarray, radius: float) -> float | None:  # type: ignore[type-arg]
+def _root_on_active_set(h: Array, q: Array, a: Array, p: Indices, radius: float) -> float | None:
     """The t > 0 with `|y(t)|_H = radius·t`, y restricted to the passive set p; None if none."""
     k = len(p)
     bordered = np.zeros((k + 1, k + 1))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, one_of, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, symmetric_pinv
+from gradbal.solvers import Array, Indices, symmetric_pinv
 
 __all__ = ["IMTLG", "imtl_g"]
 
@@ -65,7 +65,7 @@ def imtl_g(gramian: Tensor, *, guard: bool = True, accuracy: float = 1e-15) -> T
     """
     size = len(gramian)
 
-    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+    def solve(c: Array, n: Array, active: Indices) -> Array:
         rtol = max(1e-12, 10 * size * accuracy)
         y = symmetric_pinv(c, rtol).sum(1)
         # C C⁺ 1 is what the range of C has of the vector of ones; nothing for opposite rows.

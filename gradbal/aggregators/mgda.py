@@ -13,7 +13,7 @@ from gradbal.aggregators.base import (
     symmetric_float64,
 )
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, checked, cosine_matrix, simplex_qp
+from gradbal.solvers import Array, Indices, checked, cosine_matrix, simplex_qp
 
 __all__ = ["MGDA", "mgda"]
 
@@ -117,7 +117,7 @@ def mgda(
         w[inactive] = 1.0 / len(inactive)
         return as_weights(w, gramian)
 
-    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+    def solve(c: Array, n: Array, active: Indices) -> Array:
         lengths = np.ones_like(n) if unit_rows else n / n.min()
         if divisors is not None:
             lengths = lengths / (divisors[active] / divisors[active].min())
@@ -125,6 +125,6 @@ def mgda(
         a = 1.0 / lengths
         y = checked(simplex_qp(c, np.zeros_like(a), a), "MGDA's quadratic program")
         w = a * y
-        return w / w.sum()
+        return np.asarray(w / w.sum())
 
     return solve_active(gramian, 1.0 / size, solve)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, barrier_newton, checked, positive_part, without_ridge
+from gradbal.solvers import Array, Indices, barrier_newton, checked, positive_part, without_ridge
 
 __all__ = ["NashMTL", "nash_mtl"]
 
@@ -107,7 +107,7 @@ def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10, accuracy: float = 1e-15) 
         `w [T]`, dtype and device of the Gramian; zero for zero rows, 1 everywhere if all are zero.
     """
 
-    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+    def solve(c: Array, n: Array, active: Indices) -> Array:
         c = positive_part(c, accuracy)
         v = checked(barrier_newton(c, ridge), "Nash-MTL's Newton solve")
         return without_ridge(c, v) / n

@@ -60,9 +60,7 @@ class RLW(RandomMixin, Scalarizer):
         return (w.to(losses) * losses).sum()
 
 
-def rlw(
-    n_tasks: int, distribution: str = "normal", generator: Generator | None = None
-) -> Tensor:
+def rlw(n_tasks: int, distribution: str = "normal", generator: Generator | None = None) -> Tensor:
     """One draw of the weights.
 
     Args:

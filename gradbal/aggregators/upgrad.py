@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, preference, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, checked, nonnegative_qp, positive_part
+from gradbal.solvers import Array, Indices, checked, nonnegative_qp, positive_part
 
 __all__ = ["UPGrad", "upgrad"]
 
@@ -54,14 +54,38 @@ class UPGrad(GramianAggregator):
         tensor([0.2500, 0.7500])
     """
 
+    per_task_state = True
+
     def __init__(self, pref: Sequence[float] | None = None) -> None:
         self.pref = None if pref is None else [float(p) for p in pref]
         if self.pref is not None:
             preference("pref", self.pref, len(self.pref), 0.0)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
-        """`w [T]`, `w ≥ p`, from the Gramian `[T, T]`."""
-        p = preference("pref", self.pref, len(gramian), 1.0 / len(gramian))
+    def prepare(self, n_tasks: int, like: Tensor) -> None:
+        """Checks that `pref` has T entries.
+
+        Raises:
+            ValueError: it has not.
+        """
+        preference("pref", self.pref, n_tasks, 0.0)
+
+    def weights(
+        self,
+        gramian: Tensor,
+        losses: Tensor | None = None,
+        tasks: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`w [T]`, `w ≥ p`, from the Gramian `[T, T]`.
+
+        Args:
+            gramian: `[T, T]`, or `[k, k]` when `tasks` names the k tasks that take part.
+            losses: not used.
+            tasks: indices of the tasks that take part; None for all.
+        """
+        pref = self.pref
+        if pref is not None and tasks is not None:
+            pref = [pref[i] for i in tasks]
+        p = preference("pref", pref, len(gramian), 1.0 / len(gramian))
         return upgrad(gramian, p, accuracy=self.accuracy)
 
 
@@ -77,7 +101,7 @@ def upgrad(gramian: Tensor, pref: Array, *, accuracy: float = 1e-15) -> Tensor:
         `w [T]`, dtype and device of the Gramian.
     """
 
-    def solve(c: Array, n: Array, active: np.ndarray) -> Array:  # type: ignore[type-arg]
+    def solve(c: Array, n: Array, active: Indices) -> Array:
         c = positive_part(c, accuracy)
         total = np.zeros_like(n)
         for i, share in enumerate(pref[active] * n):

@@ -60,10 +60,10 @@ def make(name: str, seed: int = 0, **hyperparameters: object) -> Aggregator:
 
 def weights_of(aggregator: Aggregator, jacobian: Tensor) -> Tensor | None:
     """`w [T]` in float64, or None for a method that works on all of J."""
-    if aggregator.kind == "gramian":
+    if aggregator.category == "gramian":
         wide = jacobian.double()
         return aggregator.weights(wide @ wide.T)
-    if aggregator.kind == "scalarizer":
+    if aggregator.category == "scalarizer":
         return aggregator.weights(torch.ones(len(jacobian), dtype=torch.float64))
     return None
 

@@ -1,0 +1,81 @@
+"""NaN and inf: the error that names the tasks, and how the host learns of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["HostValues", "LateCheck", "NonFiniteError", "not_finite"]
+
+_SAFE_SQUARES = (1e-25, 1e35)
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite.
+
+    Attributes:
+        tasks: names of the tasks that it came from.
+    """
+
+    def __init__(self, what: str, tasks: Sequence[str | int]) -> None:
+        self.tasks = list(tasks)
+        names = ", ".join(map(repr, tasks))
+        super().__init__(
+            f"{what} must be finite, found NaN or inf for task {names}; parameters and state are "
+            'unchanged. nonfinite="skip" leaves such steps out, nonfinite="drop" such tasks'
+        )
+
+
+def not_finite(values: Sequence[float]) -> list[int]:
+    """Indices of the values that are NaN or infinite."""
+    return [i for i, v in enumerate(values) if not abs(v) < float("inf")]
+
+
+class HostValues:
+    """What comes to the host once a step, in one transfer.
+
+    Args:
+        gramian: `[T, T]`, float64.
+        losses: `[T]`, as the aggregator sees them.
+        extremes: `[T]`, the largest entries of each task's other gradients.
+    """
+
+    def __init__(self, gramian: Tensor, losses: Tensor, extremes: Tensor) -> None:
+        packed = torch.cat([gramian, losses.to(gramian)[None], extremes.to(gramian)[None]])
+        packed = packed.cpu()
+        self.gramian, self.losses = packed[:-2], packed[-2]
+        self._squares = self.gramian.diagonal().tolist()
+        checks = torch.stack([self.gramian.diagonal(), *packed[-2:]]).isfinite().all(0).tolist()
+        self.bad = [i for i, finite in enumerate(checks) if not finite]
+
+    def outside_float32(self) -> list[int]:
+        """Tasks whose squared norm is where float32 products lose digits, overflow or vanish."""
+        low, high = _SAFE_SQUARES
+        return [i for i, s in enumerate(self._squares) if not low < s < high]
+
+
+class LateCheck:
+    """Losses on their way from an accelerator, which nobody has to wait for in `backward`.
+
+    Args:
+        values: `[T]`.
+        names: of the T tasks.
+    """
+
+    def __init__(self, values: Tensor, names: Sequence[str | int]) -> None:
+        self._names = names
+        self._event: torch.cuda.Event | None = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def bad(self) -> list[str | int]:
+        """Names of the tasks whose loss is NaN or inf; waits for the copy alone."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [self._names[i] for i in not_finite(self._host.tolist())]
