@@ -79,6 +79,7 @@ class Balancer:
         self.n_steps = 0
         self.n_dropped: dict[str | int, int] = {}
         self._pending: _Pending | None = None
+        self._graph_seen = False
 
     def backward(
         self,
@@ -265,6 +266,10 @@ class Balancer:
         retain_graph: bool,
     ) -> bool:
         values, factors = self._transformed(batch)
+        if not self._graph_seen:
+            # Refuses a graph that would silently go untrained; once, as a walk is not free.
+            reached_parameters((root for root, _ in batch.roots(factors)), parameters)
+            self._graph_seen = True
         present = [i for i in range(len(batch.names)) if i not in absent]
         refreshes = isinstance(self.aggregator, Scalarizer) and self._refreshes()
         known = self._pending.weights if self._pending is not None else None

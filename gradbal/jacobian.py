@@ -130,6 +130,10 @@ def reached_parameters(
 
     Returns:
         T tuples of n booleans.
+
+    Raises:
+        ValueError: a part of the graph is reentrant activation checkpointing, which takes
+            gradients only in a backward pass to all leaves.
     """
     index = {id(p): i for i, p in enumerate(parameters)}
     result = []
@@ -143,6 +147,11 @@ def reached_parameters(
             if node is None or node in seen:
                 continue
             seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "activation checkpointing must be non-reentrant, found reentrant; "
+                    "call checkpoint(..., use_reentrant=False)"
+                )
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in index:
                 found[index[id(leaf)]] = True

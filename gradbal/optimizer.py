@@ -250,7 +250,8 @@ class MultiTaskOptimizer(Optimizer):
             scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
         else:
             absent = self._absent(batch)
-        self.aggregator.prepare(len(batch.names), batch.values)
+        if absent is not None:
+            self.aggregator.prepare(len(batch.names), batch.values)
         self._late, self._skip_step = None, False
         if self._spoiled:
             # One of this step's micro-batches was not finite: the whole step is left out.

@@ -87,7 +87,7 @@ def cosine_matrix(gramian: Array) -> tuple[Array, Array, Indices]:
     largest = norms.max(initial=0.0)
     active = np.flatnonzero(norms > ZERO_ROW * largest)
     n = norms[active]
-    c = gramian[np.ix_(active, active)] / n[:, None] / n
+    c: Array = gramian[np.ix_(active, active)] / n[:, None] / n
     c = 0.5 * (c + c.T)
     np.fill_diagonal(c, 1.0)
     return c, n, active
@@ -106,7 +106,7 @@ def positive_part(c: Array, accuracy: float) -> Array:
         np.linalg.cholesky(c + _EPS * size * np.eye(size))
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(c)
-        return (vectors * np.maximum(values, 0.0)) @ vectors.T  # type: ignore[no-any-return]
+        return np.asarray((vectors * np.maximum(values, 0.0)) @ vectors.T)
     return c
 
 
@@ -265,7 +265,7 @@ def _solve_bordered(matrix: Array, rhs: Array) -> Array:
         x = np.linalg.solve(shifted, rhs)
         return x + np.linalg.solve(shifted, rhs - matrix @ x)
     except np.linalg.LinAlgError:
-        return np.linalg.lstsq(matrix, rhs, rcond=None)[0]  # type: ignore[no-any-return]
+        return np.asarray(np.linalg.lstsq(matrix, rhs, rcond=None)[0], dtype=np.float64)
 
 
 def barrier_newton(c: Array, ridge: float) -> Solution:

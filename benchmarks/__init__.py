@@ -1,0 +1,1 @@
+"""Published multi-task benchmarks for gradbal: `python -m benchmarks --help`."""

@@ -1,0 +1,13 @@
+"""Entry point of `python -m benchmarks`."""
+
+import importlib.util
+import sys
+
+for _package in ("typer", "rich", "matplotlib", "torchmetrics"):
+    if importlib.util.find_spec(_package) is None:
+        sys.exit(f'python -m benchmarks needs {_package}: pip install "gradbal[bench]"')
+
+from benchmarks.cli import app  # noqa: E402 - only now is it sure that it can be imported
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

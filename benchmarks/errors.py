@@ -1,0 +1,20 @@
+"""Errors that end the program with one sentence instead of a traceback."""
+
+
+class BenchmarkError(Exception):
+    """Something outside the program is missing or failed; the message says what to do."""
+
+    exit_code = 1
+
+
+class BadInput(BenchmarkError):
+    """The command line asks for something that does not exist or cannot be done."""
+
+    exit_code = 2
+
+
+class MissingExtra(BenchmarkError):
+    """A package of the extra `bench` is needed and not installed."""
+
+    def __init__(self, package: str, what: str) -> None:
+        super().__init__(f'{what} needs {package}: pip install "gradbal[bench]"')

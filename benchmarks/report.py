@@ -1,0 +1,187 @@
+"""The table of a benchmark, on the screen and as CSV, made from the results file's records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.benchmark import Measure, Task
+from benchmarks.metrics import delta_m, delta_p
+from benchmarks.results import Metrics, Record
+from benchmarks.runner import SINGLE_TASK, Plan
+
+__all__ = ["Row", "Stat", "failures", "screen_table", "summarise", "write_csv", "write_whole"]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean over seeds and sample standard deviation, None for a single seed."""
+
+    mean: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Stat | None:
+        """The statistics of `values`, or None if there are none."""
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if values[1:] else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line of the table.
+
+    Attributes:
+        method: its name.
+        seeds, failed: how many runs ended well, and how many did not.
+        test: by (task, measure), as in the results file; None without a good run.
+        delta_m, delta_p: against the mean of the single-task runs, in percent; None without these.
+        step_time: median over the runs of the step's duration over the plain sum's.
+    """
+
+    method: str
+    seeds: int
+    failed: int
+    test: dict[tuple[str, str], Stat | None]
+    delta_m: Stat | None
+    delta_p: Stat | None
+    step_time: float | None
+
+
+def summarise(plan: Plan, records: Sequence[Record]) -> list[Row]:
+    """One row for each method of the plan that has a record, single-task first."""
+    selected = plan.select(records).values()
+    by_method: dict[str, list[Record]] = {}
+    for record in selected:
+        by_method.setdefault(record.method, []).append(record)
+    baseline = [r.test for r in by_method.get(SINGLE_TASK, []) if r.error is None]
+    return [_row(plan, method, of_method, baseline) for method, of_method in by_method.items()]
+
+
+def failures(plan: Plan, records: Sequence[Record]) -> list[str]:
+    """A line for each run whose latest attempt failed."""
+    return [
+        f"{record.method}, seed {record.seed}: failed with {record.error}"
+        for record in plan.select(records).values()
+        if record.error is not None
+    ]
+
+
+def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
+    """The table for the terminal."""
+    table = Table(
+        title=f"{plan.benchmark.name}, test set, {plan.seeds} "
+        + ("seed" if plan.seeds == 1 else "seeds: mean ± sample standard deviation"),
+        caption="Δm: mean change against single-task training, lower is better. "
+        "Step: time of a training step over one with sum(losses).backward().",
+    )
+    table.add_column("method")
+    for task, measure in _measures(plan):
+        unit = " %" if measure.percent else ""
+        table.add_column(f"{_words(task.name)}\n{measure.name}{unit}", justify="right")
+    table.add_column("Δm %", justify="right")
+    table.add_column("step", justify="right")
+    for row in rows:
+        cells = [
+            _cell(row.test[task.name, measure.name], 100 if measure.percent else 1)
+            for task, measure in _measures(plan)
+        ]
+        if row.failed:
+            note = (
+                "failed" if row.seeds == 0 else f"{row.failed} of {row.seeds + row.failed} failed"
+            )
+            cells[0] = note if row.seeds == 0 else f"{cells[0]}\n{note}"
+        step = "–" if row.step_time is None else f"{row.step_time:.2f}×"
+        table.add_row(row.method, *cells, _cell(row.delta_m, 1), step)
+    return table
+
+
+def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+    """Write the table as CSV: fractions as in the results file, Δm and Δp in percent."""
+    header = ["benchmark", "architecture", "fingerprint", "method", "seeds", "failed"]
+    names = [f"{task.name}_{measure.name}" for task, measure in _measures(plan)]
+    for name in (*names, "delta_m", "delta_p"):
+        header += [f"{name}_mean", f"{name}_std"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*header, "step_time"])
+    fixed = [plan.benchmark.name, plan.benchmark.architecture, plan.fingerprint]
+    for row in rows:
+        stats = [row.test[task.name, measure.name] for task, measure in _measures(plan)]
+        numbers: list[float | None] = []
+        for stat in (*stats, row.delta_m, row.delta_p):
+            numbers += [None, None] if stat is None else [stat.mean, stat.spread]
+        writer.writerow([*fixed, row.method, row.seeds, row.failed, *numbers, row.step_time])
+    write_whole(path, lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place."""
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        write(draft)
+        os.replace(draft, path)
+
+
+def _row(plan: Plan, method: str, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:
+    good = [record.test for record in records if record.error is None]
+    times = [record.step_time for record in records if record.step_time is not None]
+    return Row(
+        method=method,
+        seeds=len(good),
+        failed=len(records) - len(good),
+        test={
+            (task.name, measure.name): Stat.of([test[task.name][measure.name] for test in good])
+            for task, measure in _measures(plan)
+        },
+        delta_m=Stat.of([_delta_m(plan, test, baseline) for test in good] if baseline else []),
+        delta_p=Stat.of([_delta_p(plan, test, baseline) for test in good] if baseline else []),
+        step_time=statistics.median(times) if times else None,
+    )
+
+
+def _delta_m(plan: Plan, test: Metrics, baseline: Sequence[Metrics]) -> float:
+    measures = _measures(plan)
+    return delta_m(
+        [test[task.name][measure.name] for task, measure in measures],
+        [_mean(baseline, task, measure) for task, measure in measures],
+        [measure.higher_is_better for _, measure in measures],
+    )
+
+
+def _delta_p(plan: Plan, test: Metrics, baseline: Sequence[Metrics]) -> float:
+    tasks = plan.benchmark.tasks
+    return delta_p(
+        [[test[task.name][measure.name] for measure in task.measures] for task in tasks],
+        [[_mean(baseline, task, measure) for measure in task.measures] for task in tasks],
+        [[measure.higher_is_better for measure in task.measures] for task in tasks],
+    )
+
+
+def _mean(metrics: Sequence[Metrics], task: Task, measure: Measure) -> float:
+    return statistics.fmean(m[task.name][measure.name] for m in metrics)
+
+
+def _measures(plan: Plan) -> list[tuple[Task, Measure]]:
+    return [(task, measure) for task in plan.benchmark.tasks for measure in task.measures]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _cell(stat: Stat | None, scale: float) -> str:
+    if stat is None:
+        return "–"
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    mean = f"{round(stat.mean * scale, 2) + 0.0:.2f}"
+    return mean if stat.spread is None else f"{mean} ± {stat.spread * scale:.2f}"

@@ -1,0 +1,132 @@
+"""The results file: one JSON line for each finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from benchmarks.benchmark import Benchmark, Settings
+from benchmarks.errors import BadInput
+
+__all__ = ["Metrics", "Record", "ResultsFile", "best_by_run", "fingerprint", "versions"]
+
+Metrics = Mapping[str, Mapping[str, float]]
+"""Values by task and measure."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: a benchmark, method, architecture and seed, and what came of it.
+
+    Attributes:
+        fingerprint: of the settings and versions; only records with the same one are compared.
+        error: None for a run that ended well, else the exception in one line; a failed run has no
+            metrics.
+        test, validation: the metrics on the two held-out sets.
+        aggregator: the method with its hyperparameters, in words.
+        step_time: duration of a training step over that of one with `sum(losses).backward()`;
+            None where it could not be measured.
+        train_seconds: wall time of the training.
+        settings, versions: in full, for the reader; `fingerprint` stands for them.
+    """
+
+    benchmark: str
+    method: str
+    architecture: str
+    seed: int
+    fingerprint: str
+    error: str | None
+    test: Metrics
+    validation: Metrics
+    aggregator: str
+    step_time: float | None
+    train_seconds: float
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+class ResultsFile:
+    """`results.jsonl` in a folder, made when the first record is appended.
+
+    A record is appended by a single write of its whole line, then forced to disk. Against writing
+    the file anew and renaming it, two programs with the same folder lose none of each other's
+    records, and a crash can cost no more than the line being written. Such a cut line is skipped by
+    the reader, and the next record starts on a line of its own.
+
+    Raises:
+        BadInput: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "results.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab"):
+                pass
+        except OSError as error:
+            raise BadInput(
+                f"`--out` must be a folder that can be written to, found {folder}: "
+                f"{error.strerror or error}"
+            ) from error
+
+    def append(self, record: Record) -> None:
+        """Add one record; it is on disk when this returns."""
+        line = json.dumps(asdict(record), allow_nan=False, ensure_ascii=False) + "\n"
+        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = "\n" + line
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> tuple[list[Record], int]:
+        """All records in the order of writing, and the number of lines that are none."""
+        records = []
+        unreadable = 0
+        # Bytes, since a line may be cut in the middle of a character.
+        for line in self.path.read_bytes().splitlines():
+            try:
+                records.append(Record(**json.loads(line)))
+            except (ValueError, TypeError):
+                unreadable += 1
+        return records, unreadable
+
+
+def best_by_run(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
+    """One record for each (method, seed): the latest that ended well, else the latest."""
+    best: dict[tuple[str, int], Record] = {}
+    for record in records:
+        key = (record.method, record.seed)
+        if record.error is None or key not in best or best[key].error is not None:
+            best[key] = record
+    return best
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"gradbal": version("gradbal"), "torch": version("torch"), "python": python_version()}
+
+
+def fingerprint(benchmark: Benchmark, settings: Settings) -> str:
+    """Twelve hex digits that stand for the settings, the benchmark's revision and the versions."""
+    found = versions()
+    identity = {
+        "benchmark": benchmark.name,
+        "architecture": benchmark.architecture,
+        "revision": benchmark.revision,
+        "settings": asdict(settings),
+        "gradbal": found["gradbal"],
+        "torch": found["torch"],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,186 @@
+"""Runs what is missing of a benchmark's table and appends each run to the results file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from benchmarks.benchmark import Benchmark, Preset, Settings, Splits
+from benchmarks.results import Record, ResultsFile, best_by_run, fingerprint, versions
+from benchmarks.timing import step_time_ratios
+from benchmarks.training import Learner, evaluate, steps_per_run, train
+
+__all__ = ["SINGLE_TASK", "Plan", "execute"]
+
+SINGLE_TASK = "single_task"
+"""The method name of the baseline: one network a task, each trained on its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table to be filled: a benchmark, the settings, and all pairs of a method and a seed.
+
+    The single-task baseline belongs to every plan, whether named or not.
+    """
+
+    benchmark: Benchmark
+    preset: Preset
+    methods: tuple[str, ...]
+    seeds: int
+
+    @property
+    def settings(self) -> Settings:
+        """What decides the numbers besides method and seed."""
+        return self.preset.settings
+
+    @property
+    def fingerprint(self) -> str:
+        """The mark of the records that belong to this plan."""
+        return fingerprint(self.benchmark, self.settings)
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """All (method, seed), seed by seed, so that an interrupted table has whole seeds."""
+        methods = dict.fromkeys((SINGLE_TASK, *self.methods))
+        return [(method, seed) for seed in range(self.seeds) for method in methods]
+
+    def select(self, records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+        """The records of this plan's runs, one a run, in the plan's order."""
+        best = best_by_run(r for r in records if r.fingerprint == self.fingerprint)
+        return {run: best[run] for run in self.runs if run in best}
+
+
+def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: Console) -> None:
+    """Make the plan's runs that are not in the results file, or failed, and append them to it.
+
+    A run that raises or diverges is recorded with its error and does not stop the others.
+    `KeyboardInterrupt` passes through; what was finished by then is in the file.
+    """
+    records, unreadable = results.read()
+    if unreadable:
+        console.print(f"{unreadable} unreadable lines in {results.path} are left out")
+    known = plan.select(records)
+    pending = [run for run in plan.runs if run not in known or known[run].error is not None]
+    if records:
+        found, total = len(plan.runs) - len(pending), len(plan.runs)
+        others = sum(record.fingerprint != plan.fingerprint for record in records)
+        beside = f" ({others} results of other settings or versions left aside)" if others else ""
+        console.print(f"{found} of {total} runs found in {results.path}{beside}", soft_wrap=True)
+    if not pending:
+        return
+
+    splits = plan.benchmark.load(plan.settings, data_root)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        ratios = _step_times(plan, known, pending, splits, progress)
+        # A step counts as much as it lasts, so that the time left is right for slow methods too.
+        cost = {SINGLE_TASK: float(len(plan.benchmark.tasks)), **ratios}
+        steps = steps_per_run(plan.settings)
+        total_cost = sum(steps * cost.get(method, 1.0) for method, _ in pending)
+        bar = progress.add_task("training", total=total_cost)
+        for number, (method, seed) in enumerate(pending, start=1):
+            label = f"run {number} of {len(pending)}: {method}, seed {seed}"
+            progress.update(bar, description=label)
+            start = progress.tasks[-1].completed
+            share = steps * cost.get(method, 1.0)
+
+            def advance(by: float = share / _steps_counted(plan, method)) -> None:
+                progress.advance(bar, by)
+
+            record = _run(plan, method, seed, splits, ratios.get(method), advance)
+            results.append(record)
+            progress.update(bar, completed=start + share)
+            if not console.is_terminal or record.error is not None:
+                outcome = record.error or f"{record.train_seconds:.1f} s"
+                console.print(f"{label}: {outcome}", soft_wrap=True, markup=False)
+
+
+def _steps_counted(plan: Plan, method: str) -> int:
+    """How often a run calls back: once a step of each of its networks."""
+    networks = len(plan.benchmark.tasks) if method == SINGLE_TASK else 1
+    return networks * steps_per_run(plan.settings)
+
+
+def _step_times(
+    plan: Plan,
+    known: Mapping[tuple[str, int], Record],
+    pending: Sequence[tuple[str, int]],
+    splits: Splits,
+    progress: Progress,
+) -> dict[str, float]:
+    """Step-time ratios by method: those on record, and the missing ones measured now."""
+    ratios = {
+        record.method: record.step_time for record in known.values() if record.step_time is not None
+    }
+    methods = {method for method, _ in pending} - {SINGLE_TASK} - ratios.keys()
+    if methods:
+        bar = progress.add_task("measuring step times", total=plan.preset.timing_rounds)
+        measured = step_time_ratios(
+            plan.benchmark,
+            plan.settings,
+            splits.train,
+            sorted(methods),
+            plan.preset.timing_rounds,
+            lambda: progress.advance(bar),
+        )
+        progress.remove_task(bar)
+        ratios.update(measured)
+    return ratios
+
+
+def _run(
+    plan: Plan,
+    method: str,
+    seed: int,
+    splits: Splits,
+    step_time: float | None,
+    after_step: Callable[[], None],
+) -> Record:
+    """Train and evaluate one method with one seed; an exception ends up in the record."""
+    benchmark = plan.benchmark
+    single = method == SINGLE_TASK
+    groups = [(task,) for task in benchmark.tasks] if single else [benchmark.tasks]
+    test: dict[str, dict[str, float]] = {}
+    validation: dict[str, dict[str, float]] = {}
+    error: str | None = None
+    description = ""
+    start = time.perf_counter()
+    seconds = 0.0
+    try:
+        for tasks in groups:
+            learner = Learner(benchmark, plan.settings, tasks, None if single else method, seed)
+            description = learner.description
+            start = time.perf_counter()
+            train(learner, splits.train, plan.settings, seed, after_step)
+            seconds += time.perf_counter() - start
+            test.update(evaluate(learner, splits.test))
+            validation.update(evaluate(learner, splits.validation))
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
+        test, validation = {}, {}
+    return Record(
+        benchmark=benchmark.name,
+        method=method,
+        architecture=benchmark.architecture,
+        seed=seed,
+        fingerprint=plan.fingerprint,
+        error=error,
+        test=test,
+        validation=validation,
+        aggregator=description,
+        step_time=step_time,
+        train_seconds=round(seconds, 3),
+        settings=asdict(plan.settings),
+        versions=versions(),
+    )

@@ -1,0 +1,1 @@
+"""Measurements of speed: ratios within one interleaved run, never absolute times."""

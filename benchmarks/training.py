@@ -1,0 +1,123 @@
+"""Training and judging one network, by a method or by the plain sum of its losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from benchmarks.benchmark import Benchmark, Settings, Split, Task
+from gradbal import MultiTaskOptimizer
+
+__all__ = ["Learner", "batches", "evaluate", "steps_per_run", "train"]
+
+_EVALUATION_BATCH = 1000
+
+
+class Learner:
+    """A freshly initialised network with its optimizer.
+
+    The seed decides the initial weights and the method's own random numbers, so that all methods
+    start from the same network.
+
+    Args:
+        benchmark: what to learn.
+        settings: gives the learning rate.
+        tasks: the tasks that get a head and a loss.
+        method: a name of gradbal's registry, taken with its default hyperparameters; None for
+            `sum(losses).backward()` without gradbal.
+        seed: see above.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        settings: Settings,
+        tasks: Sequence[Task],
+        method: str | None,
+        seed: int,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.tasks = tasks
+        self.model = benchmark.build([task.name for task in tasks])
+        adam = Adam(self.model.parameters(), lr=settings.lr)
+        self.optimizer: Optimizer = adam if method is None else MultiTaskOptimizer(adam, method)
+
+    @property
+    def description(self) -> str:
+        """The method with its hyperparameters, in words."""
+        if isinstance(self.optimizer, MultiTaskOptimizer):
+            return repr(self.optimizer.aggregator)
+        return "sum(losses).backward()"
+
+    def step(self, batch: Split) -> list[Tensor]:
+        """Make one training step and return the losses before it, 0-dim, one a task."""
+        outputs = self.model(batch.inputs)
+        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
+        self.optimizer.zero_grad()
+        if isinstance(self.optimizer, MultiTaskOptimizer):
+            self.optimizer.backward(losses)
+        else:
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return losses
+
+
+def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
+    """The batches of all epochs, shuffled anew in each; the order depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(settings.epochs):
+        order = torch.randperm(len(split), generator=generator)
+        for index in torch.split(order, settings.batch_size):
+            yield _take(split, index)
+
+
+def steps_per_run(settings: Settings) -> int:
+    """Number of training steps of one network."""
+    return settings.epochs * math.ceil(settings.train_size / settings.batch_size)
+
+
+def train(
+    learner: Learner, split: Split, settings: Settings, seed: int, after_step: Callable[[], None]
+) -> None:
+    """Train for the fixed number of epochs, calling `after_step` after each step.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    learner.model.train()
+    for number, batch in enumerate(batches(split, settings, seed), start=1):
+        losses = learner.step(batch)
+        for task, loss in zip(learner.tasks, losses, strict=True):
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(
+                    f"losses must be finite, found {loss.item()} for {task.name} in step {number}"
+                )
+        after_step()
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
+    """All measures of all the learner's tasks on a split, by task and measure."""
+    learner.model.eval()
+    meters = {
+        task.name: {measure.name: measure.meter() for measure in task.measures}
+        for task in learner.tasks
+    }
+    for index in torch.split(torch.arange(len(split)), _EVALUATION_BATCH):
+        batch = _take(split, index)
+        outputs = learner.model(batch.inputs)
+        for task, by_name in meters.items():
+            for meter in by_name.values():
+                meter.update(outputs[task], batch.targets[task])
+    return {
+        task: {name: float(meter.compute()) for name, meter in by_name.items()}
+        for task, by_name in meters.items()
+    }
+
+
+def _take(split: Split, index: Tensor) -> Split:
+    return Split(split.inputs[index], {task: y[index] for task, y in split.targets.items()})

@@ -1,0 +1,164 @@
+"""GradScaler around the balanced gradient; on the CPU it works as on an accelerator."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import SGD
+
+import gradbal
+from gradbal import MultiTaskOptimizer
+from tests.states import assert_same, root_at_zero
+from tests.zoo import make
+
+METHODS = gradbal.list_aggregators()
+GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
+# Random weights are drawn before anyone knows of an overflow.
+UNTOUCHED = [name for name in METHODS if name != "rlw"]
+
+
+def _model(aggregator: str, **options: object) -> tuple[nn.Module, MultiTaskOptimizer]:
+    if "generator" in gradbal.info(aggregator).hyperparameters:
+        options["generator"] = torch.Generator().manual_seed(4)
+    model = make("Plain").float()
+    model.dtype = torch.float32
+    sgd = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return model, MultiTaskOptimizer(sgd, aggregator, **options)
+
+
+def _assert_close(model: nn.Module, twin: nn.Module) -> None:
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"heads": "own"}, {"heads": "weighted"}, {"update_every": 2}, {"loss_transform": "log"}],
+    ids=str,
+)
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_the_scale_changes_nothing(aggregator: str, options: dict[str, object]) -> None:
+    model, opt = _model(aggregator, **options)
+    twin, plain = _model(aggregator, **options)
+    scaler = GradScaler("cpu", init_scale=65536.0)
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()), grad_scaler=scaler)
+        scaler.step(opt)
+        scaler.update()
+        plain.zero_grad()
+        plain.backward(twin.losses(twin.batch()))
+        plain.step()
+        torch.testing.assert_close(opt.losses, plain.losses, rtol=1e-4, atol=0)
+        torch.testing.assert_close(opt.weights, plain.weights, rtol=1e-3, atol=1e-6)
+    assert scaler.get_scale() == 65536.0
+    _assert_close(model, twin)
+    if aggregator == "uw":
+        torch.testing.assert_close(*(o.aggregator.log_variance for o in (opt, plain)))
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_the_gradient_lands_scaled(aggregator: str) -> None:
+    model, opt = _model(aggregator)
+    twin, plain = _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    opt.backward(model.losses(model.batch()), grad_scaler=scaler)
+    plain.backward(twin.losses(twin.batch()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad / 1024.0, q.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_micro_batches(aggregator: str) -> None:
+    model, opt = _model(aggregator)
+    twin, plain = _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=65536.0)
+    for i, part in enumerate(model.batch().chunk(2)):
+        opt.backward([l / 2 for l in model.losses(part)], accumulate=i == 0, grad_scaler=scaler)
+    scaler.step(opt)
+    scaler.update()
+    plain.backward(twin.losses(twin.batch()))
+    plain.step()
+    _assert_close(model, twin)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_unscale_and_clip_in_between(aggregator: str) -> None:
+    model, opt = _model(aggregator)
+    twin, plain = _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=65536.0)
+    opt.backward(model.losses(model.batch()), grad_scaler=scaler)
+    scaler.unscale_(opt)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    scaler.step(opt)
+    plain.backward(twin.losses(twin.batch()))
+    want = nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+    plain.step()
+    torch.testing.assert_close(norm, want, rtol=1e-4, atol=0)
+    _assert_close(model, twin)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "drop"])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("aggregator", UNTOUCHED)
+def test_an_overflow_is_left_to_the_scaler(aggregator: str, where: str, nonfinite: str) -> None:
+    model, opt = _model(aggregator, nonfinite=nonfinite)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    opt.backward(model.losses(model.batch()), grad_scaler=scaler)
+    scaler.step(opt)
+    scaler.update()
+    before = copy.deepcopy([model.state_dict(), opt.optimizer.state_dict()])
+    state = copy.deepcopy(opt.aggregator.state_dict())
+    twin, other = copy.deepcopy((model, opt))
+
+    opt.zero_grad()
+    losses = model.losses(model.batch())
+    if where == "loss":
+        losses[1] = losses[1] * float("inf")
+    else:
+        losses[1] = losses[1] + root_at_zero(model.trunk[0].weight)
+    opt.backward(losses, grad_scaler=scaler)
+    scaler.step(opt)
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert_same([model.state_dict(), opt.optimizer.state_dict()], before)
+    assert_same(opt.aggregator.state_dict(), state)
+
+    for m, o in ((model, opt), (twin, other)):
+        o.zero_grad()
+        o.backward(m.losses(m.batch()), grad_scaler=scaler)
+        scaler.step(o)
+        scaler.update()
+    assert_same(model.state_dict(), twin.state_dict())
+
+
+def test_a_real_overflow_in_half_precision() -> None:
+    trunk, head = nn.Linear(3, 3).half(), nn.Linear(3, 1)
+    opt = MultiTaskOptimizer(SGD([*trunk.parameters(), *head.parameters()], lr=1e-3), "upgrad")
+    scaler = GradScaler("cpu", init_scale=2.0**20)
+    before = trunk.weight.detach().clone()
+    steps = 0
+    while torch.equal(before, trunk.weight):
+        opt.zero_grad()
+        z = trunk(torch.ones(2, 3).half()).float()
+        opt.backward([head(z).square().sum() + 3.0, z.square().sum()], grad_scaler=scaler)
+        scaler.step(opt)
+        scaler.update()
+        steps += 1
+        assert steps < 20
+    assert steps > 1
+    assert bool(trunk.weight.isfinite().all())
+
+
+def test_a_disabled_scaler_is_as_none() -> None:
+    model, opt = _model("nash_mtl")
+    twin, plain = _model("nash_mtl")
+    scaler = GradScaler("cpu", enabled=False)
+    opt.backward(model.losses(model.batch()), grad_scaler=scaler)
+    scaler.step(opt)
+    scaler.update()
+    plain.backward(twin.losses(twin.batch()))
+    plain.step()
+    assert_same(model.state_dict(), twin.state_dict())
