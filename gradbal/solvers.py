@@ -26,7 +26,6 @@ __all__ = [
     "cosine_matrix",
     "nonnegative_qp",
     "positive_part",
-    "project_simplex",
     "simplex_qp",
     "symmetric_pinv",
     "without_ridge",
@@ -108,17 +107,6 @@ def positive_part(c: Array, accuracy: float) -> Array:
         values, vectors = np.linalg.eigh(c)
         return np.asarray((vectors * np.maximum(values, 0.0)) @ vectors.T)
     return c
-
-
-def project_simplex(v: Array) -> Array:
-    """Euclidean projection of `v [T]` onto the probability simplex.
-
-    `max(v − θ, 0)` with θ from the sorted values: exact, no iteration.
-    """
-    descending = np.sort(v)[::-1]
-    theta = (np.cumsum(descending) - 1.0) / np.arange(1, len(v) + 1)
-    last = np.flatnonzero(descending - theta > 0)[-1]
-    return np.maximum(v - theta[last], 0.0)
 
 
 def _solve(matrix: Array, rhs: Array) -> Array:

@@ -87,7 +87,10 @@ class TiedWeights(Zoo):
 
     def losses(self, batch: Tensor) -> list[Tensor]:
         z = self.embedding(batch)
-        return [nn.functional.cross_entropy(self.decoder(z), batch.flip(0)), *targets([self.head(z)])]
+        return [
+            nn.functional.cross_entropy(self.decoder(z), batch.flip(0)),
+            *targets([self.head(z)]),
+        ]
 
 
 class PartlyShared(Zoo):

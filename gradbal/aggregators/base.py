@@ -79,18 +79,25 @@ def solve_active(
     return as_weights(w, gramian)
 
 
-def preference(name: str, value: Any, n_tasks: int, default: float) -> Array:
+def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Array:
     """A vector of non-negative weights, one for each task; `default` everywhere when None.
+
+    Without `n_tasks` the length is left open.
 
     Raises:
         ValueError: wrong length, negative or not finite.
     """
     if value is None:
-        return np.full(n_tasks, default)
-    p = np.asarray(value, dtype=np.float64)
-    if p.shape != (n_tasks,):
+        return np.full(n_tasks or 0, default)
+    try:
+        p = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a sequence of numbers, found {value!r}") from None
+    if p.ndim != 1:
+        raise ValueError(f"`{name}` must be a sequence of numbers, found {value!r}")
+    if n_tasks is not None and len(p) != n_tasks:
         raise ValueError(
-            f"`{name}` must have one entry for each of {n_tasks} tasks, found shape {p.shape}"
+            f"`{name}` must have one entry for each of {n_tasks} tasks, found {len(p)}"
         )
     if not (np.isfinite(p).all() and (p >= 0).all()):
         raise ValueError(f"`{name}` must be non-negative and finite, found {p.tolist()}")

@@ -60,8 +60,8 @@ class NashMTL(GramianAggregator):
 
     Example:
         >>> import torch
-        >>> NashMTL(max_norm=0.0).direction(torch.tensor([[5.0, 0.0], [0.0, 0.1]]))
-        tensor([1.0000, 1.0000])
+        >>> NashMTL(max_norm=0.0).direction(torch.tensor([[4.0, 0.0], [0.0, 0.5]]))
+        tensor([1., 1.])
     """
 
     def __init__(

@@ -41,9 +41,9 @@ class RLW(RandomMixin, Scalarizer):
 
     Example:
         >>> import torch
-        >>> method = RLW(generator=torch.Generator().manual_seed(0))
-        >>> method.scalarize(torch.tensor([3.0, 3.0]))
-        tensor(3.)
+        >>> w = RLW().weights(torch.tensor([3.0, 5.0]))
+        >>> bool((w >= 0).all() and torch.isclose(w.sum(), torch.tensor(1.0)))
+        True
     """
 
     linear = True

@@ -57,9 +57,9 @@ class UPGrad(GramianAggregator):
     per_task_state = True
 
     def __init__(self, pref: Sequence[float] | None = None) -> None:
-        self.pref = None if pref is None else [float(p) for p in pref]
-        if self.pref is not None:
-            preference("pref", self.pref, len(self.pref), 0.0)
+        if pref is not None:
+            pref = preference("pref", pref, None, 0.0).tolist()
+        self.pref = pref
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
         """Checks that `pref` has T entries.

@@ -1,0 +1,408 @@
+"""MultiTaskOptimizer is the optimizer that it wraps: schedulers, hooks, groups, closures."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import lr_scheduler as schedulers
+from torch.optim.swa_utils import SWALR
+
+import gradbal
+from gradbal import MultiTaskOptimizer
+from tests.states import assert_same, fresh, snapshot
+from tests.zoo import assert_gradients, expected, make, optimizer, task_gradients
+
+METHODS = gradbal.list_aggregators()
+
+
+def _wrap(optimizer: Optimizer, aggregator: str = "upgrad", **options: Any) -> MultiTaskOptimizer:
+    return MultiTaskOptimizer(optimizer, aggregator, **options)
+
+
+def _train(model: nn.Module, opt: MultiTaskOptimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        opt.step()
+
+
+def test_it_is_an_optimizer_and_delegates() -> None:
+    model = make("Plain")
+    sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    opt = _wrap(sgd)
+    assert isinstance(opt, Optimizer)
+    assert opt.optimizer is sgd
+    assert opt.param_groups is sgd.param_groups
+    assert opt.state is sgd.state
+    assert opt.defaults is sgd.defaults
+    _train(model, opt)
+    assert opt.state is sgd.state
+    assert "momentum_buffer" in opt.state[next(model.parameters())]
+    text = repr(opt)
+    assert "SGD" in text
+    assert "UPGrad" in text
+
+
+def test_the_default_method_is_upgrad() -> None:
+    opt = MultiTaskOptimizer(SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    assert opt.aggregator.name == "upgrad"
+
+
+def test_an_instance_serves_as_aggregator() -> None:
+    method = gradbal.create("cagrad", c=0.3)
+    opt = MultiTaskOptimizer(SGD(nn.Linear(2, 2).parameters(), lr=0.1), method)
+    assert opt.aggregator is method
+
+
+def _own_group(lr: float) -> dict[str, Any]:
+    return {"lr": lr}
+
+
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.5**epoch),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.5),
+    "StepLR": lambda o: schedulers.StepLR(o, 1, 0.5),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 2], 0.5),
+    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 2),
+    "LinearLR": lambda o: schedulers.LinearLR(o, 0.5, total_iters=3),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.5),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, 4),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 4),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 2),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.001, 0.1, 2),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, 5),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.ConstantLR(o, 0.1, 2), schedulers.ExponentialLR(o, 0.5)], [2]
+    ),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.1, 2), schedulers.ExponentialLR(o, 0.5)], o
+    ),
+    "SWALR": lambda o: SWALR(o, 0.001, anneal_epochs=2),
+}
+
+
+def test_every_builtin_scheduler_is_listed() -> None:
+    builtin = {
+        name
+        for name, cls in vars(schedulers).items()
+        if isinstance(cls, type)
+        and issubclass(cls, schedulers.LRScheduler)
+        and cls.__module__ == schedulers.__name__
+        and not name.startswith("_")
+    }
+    assert builtin - {"LRScheduler"} <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("aggregator", ["upgrad", "uw"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_move_the_learning_rates_of_the_wrapped(name: str, aggregator: str) -> None:
+    model = make("Plain")
+    # The method's own weights make a second group; a bare Adam gets one as well.
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    opt = _wrap(Adam(groups, lr=0.01), aggregator)
+    extra = [{"params": [torch.zeros(3, requires_grad=True)]}] if aggregator == "uw" else []
+    bare = Adam([{"params": [torch.zeros(2, requires_grad=True)]}, *extra], lr=0.01)
+    mine, theirs = SCHEDULERS[name](opt), SCHEDULERS[name](bare)
+    rates = []
+    for _ in range(4):
+        _train(model, opt)
+        bare.step()
+        for scheduler in (mine, theirs):
+            with warnings.catch_warnings():
+                # Chained schedulers pass `epoch`, which torch itself has deprecated.
+                warnings.filterwarnings("ignore", "The epoch parameter", UserWarning)
+                scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        rates.append([group["lr"] for group in opt.param_groups])
+        assert rates[-1] == [group["lr"] for group in bare.param_groups]
+    assert rates[0] != rates[-1] or name in ("CyclicLR", "CosineAnnealingWarmRestarts")
+    assert len(rates[0]) == (2 if aggregator == "uw" else 1)
+    assert opt.param_groups is opt.optimizer.param_groups
+
+
+def test_a_scheduler_warns_when_step_was_forgotten() -> None:
+    opt = _wrap(SGD(make("Plain").parameters(), lr=0.1))
+    scheduler = schedulers.StepLR(opt, 1)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "uw", "upgrad"])
+def test_step_hooks_run_once(aggregator: str) -> None:
+    model, opt = fresh(aggregator)
+    calls: list[str] = []
+    opt.register_step_pre_hook(lambda *args: calls.append("mine before"))
+    opt.register_step_post_hook(lambda *args: calls.append("mine after"))
+    opt.optimizer.register_step_pre_hook(lambda *args: calls.append("its before"))
+    handle = opt.optimizer.register_step_post_hook(lambda *args: calls.append("its after"))
+    _train(model, opt)
+    assert calls == ["mine before", "its before", "mine after", "its after"]
+    handle.remove()
+    calls.clear()
+    _train(model, opt)
+    assert calls == ["mine before", "its before", "mine after"]
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_groups_with_their_own_learning_rates(aggregator: str) -> None:
+    model = make("Plain")
+    groups = [
+        {"params": model.trunk.parameters(), "lr": 0.1},
+        {"params": model.heads.parameters(), "lr": 0.001},
+    ]
+    before = copy.deepcopy(model.state_dict())
+    opt = _wrap(SGD(groups, lr=1.0), aggregator)
+    opt.backward(model.losses(model.batch()))
+    opt.step()
+    for name, p in model.named_parameters():
+        lr = 0.1 if name.startswith("trunk") else 0.001
+        torch.testing.assert_close(p.detach(), before[name] - lr * p.grad)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_add_param_group_in_mid_run(aggregator: str) -> None:
+    model = make("Plain")
+    opt = _wrap(SGD(model.heads.parameters(), lr=0.01), aggregator, heads="own")
+    if gradbal.info(aggregator).kind == "gramian":
+        # With the heads alone nothing is shared yet.
+        with pytest.raises(ValueError, match="two or more"):
+            opt.backward(model.losses(model.batch()))
+    opt.add_param_group({"params": list(model.trunk.parameters()), "lr": 0.5})
+    assert opt.optimizer.param_groups[-1]["lr"] == 0.5
+    for _ in range(2):
+        reference = copy.deepcopy(opt.aggregator)
+        rows, values = task_gradients(model, lambda twin: twin.losses(model.batch()))
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        assert_gradients(model, expected(reference, rows, values, "own"), 1e-7)
+        opt.step()
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_a_frozen_layer_is_unfrozen_in_mid_run(aggregator: str) -> None:
+    model = make("Frozen")
+    opt = optimizer(model, aggregator)
+    for step in range(4):
+        model.requires_grad_(step in (1, 2))
+        model.heads.requires_grad_(True)
+        model.trunk[0].bias.requires_grad_(True)
+        reference = copy.deepcopy(opt.aggregator)
+        rows, values = task_gradients(model, lambda twin: twin.losses(model.batch()))
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        assert_gradients(model, expected(reference, rows, values, None), 1e-7)
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    "make_wrapped",
+    [
+        lambda p: Adam(p, foreach=True),
+        lambda p: Adam(p, fused=True),
+        lambda p: AdamW(p, weight_decay=0.1, amsgrad=True),
+        lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
+        lambda p: RMSprop(p),
+    ],
+    ids=["foreach", "fused", "AdamW", "SGD", "RMSprop"],
+)
+@pytest.mark.parametrize("aggregator", ["sum", "uw", "upgrad"])
+def test_the_step_is_the_wrapped_optimizers(aggregator: str, make_wrapped) -> None:
+    model = make("Plain")
+    twin = copy.deepcopy(model)
+    opt, bare = _wrap(make_wrapped(model.parameters()), aggregator), make_wrapped(twin.parameters())
+    for _ in range(3):
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        opt.step()
+        bare.step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_mean_trains_as_plain_pytorch_does() -> None:
+    model = make("Plain")
+    twin = copy.deepcopy(model)
+    opt, bare = _wrap(Adam(model.parameters()), "mean"), Adam(twin.parameters())
+    for _ in range(5):
+        _train(model, opt)
+        bare.zero_grad()
+        torch.stack(twin.losses(twin.batch())).mean().backward()
+        bare.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_zero_grad() -> None:
+    model, opt = fresh("upgrad")
+    opt.backward(model.losses(model.batch()))
+    opt.zero_grad(set_to_none=False)
+    assert all(not bool(p.grad.any()) for p in model.parameters())
+    opt.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("form", [list, torch.stack, lambda l: dict(zip("abc", l, strict=True))])
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_a_closure_is_zero_grad_backward_step(aggregator: str, form) -> None:
+    model, opt = fresh(aggregator, **_seeded(aggregator))
+    twin, other = fresh(aggregator, **_seeded(aggregator))
+    for _ in range(3):
+        losses = form(model.losses(model.batch()))
+        # Gradients that lie about are cleared.
+        model.trunk[0].weight.grad = torch.full_like(model.trunk[0].weight, 7.0)
+        assert opt.step(lambda losses=losses: losses) is losses
+        other.zero_grad()
+        other.backward(form(twin.losses(twin.batch())))
+        other.step()
+    assert_same(snapshot(model, opt), snapshot(twin, other))
+
+
+def _seeded(aggregator: str) -> dict[str, Any]:
+    takes = "generator" in gradbal.info(aggregator).hyperparameters
+    return {"generator": torch.Generator().manual_seed(4)} if takes else {}
+
+
+def test_a_closure_runs_with_gradients_enabled() -> None:
+    model, opt = fresh("upgrad")
+    with torch.no_grad():
+        opt.step(lambda: model.losses(model.batch()))
+    assert opt.losses is not None
+
+
+def test_a_closure_must_return_the_losses() -> None:
+    _, opt = fresh("upgrad")
+    with pytest.raises(TypeError, match=r"closure must return the losses.*None"):
+        opt.step(lambda: None)
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "mgda", "upgrad"])
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_solves_two_quadratics(aggregator: str, line_search: str | None) -> None:
+    x = nn.Parameter(torch.tensor([4.0, -3.0], dtype=torch.float64))
+    scales = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    opt = _wrap(LBFGS([x], line_search_fn=line_search, max_iter=10), aggregator)
+
+    def losses() -> list[Tensor]:
+        # Both are least at (1, 2).
+        centre = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        return [(scales * (x - centre).square()).sum(), ((x - centre).square()).sum()]
+
+    first = opt.step(losses)
+    assert [float(l) for l in first] == [134.0, 34.0]
+    for _ in range(10):
+        opt.step(losses)
+    torch.testing.assert_close(x.detach(), torch.tensor([1.0, 2.0]).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+def test_hooks_on_parameters_run_once_and_act(aggregator: str, heads: str) -> None:
+    model = make("Plain")
+    twin = copy.deepcopy(model)
+    plain = optimizer(twin, aggregator, heads=heads)
+    plain.backward(twin.losses(twin.batch()))
+
+    calls: dict[str, list[str]] = {"tensor": [], "accumulated": []}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: calls["tensor"].append(name) or 3 * g)
+        p.register_post_accumulate_grad_hook(lambda p, name=name: calls["accumulated"].append(name))
+    opt = optimizer(model, aggregator, heads=heads)
+    names = sorted(n for n, _ in model.named_parameters())
+    for times in (1, 2):
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        assert sorted(calls["tensor"]) == sorted(names * times)
+        assert sorted(calls["accumulated"]) == sorted(names * times)
+        if times == 1:
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, 3 * q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_stay_removable() -> None:
+    model, opt = fresh("upgrad")
+    weight = model.trunk[0].weight
+    handle = weight.register_hook(lambda g: 0 * g)
+    opt.backward(model.losses(model.batch()))
+    assert not bool(weight.grad.any())
+    handle.remove()
+    opt.backward(model.losses(model.batch()))
+    assert bool(weight.grad.any())
+
+
+def test_hooks_survive_an_error() -> None:
+    model, opt = fresh("upgrad")
+    weight = model.trunk[0].weight
+    calls: list[Tensor] = []
+    weight.register_hook(calls.append)
+    losses = model.losses(model.batch())
+    opt.backward(losses)
+    with pytest.raises(RuntimeError, match="second time"):
+        opt.backward(losses)
+    opt.backward(model.losses(model.batch()))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "upgrad"])
+def test_clipping_acts_on_the_result(aggregator: str) -> None:
+    model, opt = fresh(aggregator)
+    opt.backward(model.losses(model.batch()))
+    plain = torch.cat([p.grad.flatten() for p in model.parameters()])
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    torch.testing.assert_close(norm, plain.norm())
+    clipped = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(clipped, plain * 1e-3 / (norm + 1e-6))
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "upgrad"])
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+def test_memory_formats_are_those_of_plain_backward(aggregator: str, heads: str) -> None:
+    model = make("ChannelsLast")
+    twin = copy.deepcopy(model)
+    sum(twin.losses(twin.batch())).backward()
+    optimizer(model, aggregator, heads=heads).backward(model.losses(model.batch()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad.stride() == q.grad.stride()
+
+
+def test_diagnostics_are_plain_numbers() -> None:
+    x = nn.Parameter(torch.tensor([0.0, 0.0], dtype=torch.float64))
+    opt = _wrap(SGD([x], lr=0.1), "mgda")
+    assert opt.diagnostics()["weights"] is None
+    opt.backward({"a": 3 * x[0] + 4 * x[1] + 1, "b": -x[0] + 2})
+    found = opt.diagnostics()
+    assert found["gradient_norms"] == pytest.approx([5.0, 1.0])
+    assert found["cosines"][0] == pytest.approx([1.0, -0.6])
+    assert found["conflicts"] == 1
+    assert found["losses"] == [1.0, 2.0]
+    assert found["shared"] == 2
+    assert found["steps"] == 1
+    assert found["tasks"] == ["a", "b"]
+    assert sum(found["weights"]) == pytest.approx(1.0)
+    torch.testing.assert_close(opt.gramian, torch.tensor([[25.0, -3.0], [-3.0, 1.0]]).double())
+    for outcome in (opt.weights, opt.gramian, opt.losses):
+        assert not outcome.requires_grad
+
+
+def test_what_a_scalarizer_knows() -> None:
+    model, opt = fresh("mean")
+    opt.backward(model.losses(model.batch()))
+    assert opt.gramian is None
+    assert opt.diagnostics()["cosines"] is None
+    torch.testing.assert_close(opt.weights, torch.full((3,), 1 / 3).double())
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_backward_inside_autocast(aggregator: str) -> None:
+    model, twin = make("Autocast"), make("Autocast")
+    opt, other = optimizer(model, aggregator), optimizer(twin, aggregator)
+    opt.backward(model.losses(model.batch()))
+    with torch.autocast("cpu", torch.bfloat16):
+        other.backward(twin.losses(twin.batch()))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)
