@@ -282,7 +282,12 @@ def barrier_newton(c: Array, ridge: float) -> Solution:
         step = np.linalg.solve(scaled, rhs)
         iterations += 1
         decrement = math.sqrt(max(float(rhs @ step), 0.0))
-        v = v * (1.0 - step if decrement < 0.25 else 1.0 - step / (1.0 + decrement))
+        if decrement < 0.25:
+            v = v * (1.0 - step)
+        else:
+            v = v * (1.0 - step / (1.0 + decrement))
+            # The best multiple of v in closed form: near a singular point v has far to go.
+            v *= math.sqrt(size / float(v @ h @ v))
         # Full steps square the decrement, until it is rounding, which does not shrink.
         if decrement < 1e-12 or (decrement < 0.25 and decrement > 0.5 * previous):
             break

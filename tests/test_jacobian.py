@@ -5,20 +5,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.optim import SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import BLOCK, SMALL, Rows, combine, gramian, reached_parameters
+from gradbal.jacobian import BLOCK, SMALL, Rows, accuracy, combine, gramian, reached_parameters
 from tests.zoo import make
 
 GRAMIAN = [n for n in gradbal.list_aggregators() if gradbal.info(n).kind == "gramian"]
 WIDTHS = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, SMALL // 3, SMALL // 3 + 1, 9 * BLOCK + 13]
+# The contract: cosines are right to 1e-6 whatever the precision.
 TOLERANCE = {
     torch.float64: 1e-13,
-    torch.float32: 1e-7,
-    torch.bfloat16: 1e-7,
-    torch.float16: 1e-7,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-6,
+    torch.float16: 1e-6,
 }
 
 
@@ -32,8 +34,12 @@ def _matrix(n_tasks: int, width: int, dtype: torch.dtype = torch.float64) -> Ten
 def _cosine_error(found: Tensor, jacobian: Tensor) -> float:
     assert found.dtype == torch.float64
     want = jacobian.double() @ jacobian.double().T
-    norms = want.diagonal().sqrt()
-    return float(((found - want) / norms / norms[:, None]).abs().max())
+    return float((_cosines(found) - _cosines(want)).abs().max())
+
+
+def _cosines(matrix: Tensor) -> Tensor:
+    norms = matrix.diagonal().sqrt()
+    return matrix / norms / norms[:, None]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -42,6 +48,36 @@ def test_gramian_is_that_of_float64(width: int, dtype: torch.dtype) -> None:
     j = _matrix(3, width, dtype)
     assert _cosine_error(gramian(j), j) <= TOLERANCE[dtype]
     assert _cosine_error(gramian(j, exact=True), j) <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("width", [100, SMALL // 3 + 1, 1 << 18])
+@pytest.mark.parametrize("kind", ["near", "steps"])
+def test_gramian_is_as_accurate_as_it_says(kind: str, width: int, dtype: torch.dtype) -> None:
+    if kind == "near":
+        j = _matrix(3, width, dtype)
+    else:
+        # Equal products, whose sums in float32 drift one way.
+        levels = torch.tensor([[1.0, 0.3], [0.7, 0.21], [1.9, 0.57]], dtype=torch.float64)
+        j = levels.repeat_interleave(width // 2, 1).to(dtype)
+    assert _cosine_error(gramian(j), j) <= 10 * accuracy(j)
+
+
+@pytest.mark.parametrize("aggregator", GRAMIAN)
+@pytest.mark.parametrize("n_tasks", [3, 8])
+def test_equal_directions_in_float32(aggregator: str, n_tasks: int) -> None:
+    """Rows c_i g: a Gramian of rank one, which rounding must not make a full one."""
+    g = torch.ones(SMALL // n_tasks + 100)
+    g[:1000] = 0.37
+    j = torch.linspace(0.3, 1.9, n_tasks)[:, None] * g
+    keywords = {"generator": torch.Generator().manual_seed(1)} if aggregator == "pcgrad" else {}
+    model = nn.Module()
+    model.theta = nn.Parameter(torch.zeros_like(g))
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=1.0), aggregator, **keywords)
+    opt.backward([(model.theta * row).sum() + 1 for row in j])
+    want = gradbal.create(aggregator, **keywords).direction(j.double(), torch.ones(n_tasks))
+    error = (model.theta.grad.double() - want).norm() / want.norm()
+    assert float(error) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -61,8 +97,7 @@ def test_gramian_of_a_view(layout: str, dtype: torch.dtype) -> None:
 def test_gramian_is_better_than_one_float32_product() -> None:
     j = _matrix(4, 1 << 20, torch.float32)
     plain = _cosine_error((j @ j.T).double(), j)
-    assert _cosine_error(gramian(j), j) < 1e-7
-    assert _cosine_error(gramian(j), j) <= plain
+    assert _cosine_error(gramian(j), j) <= min(1e-6, plain)
 
 
 @pytest.fixture
@@ -77,7 +112,7 @@ def _medium_precision() -> Iterator[None]:
 @pytest.mark.parametrize("width", [100, 9 * BLOCK + 13])
 def test_gramian_under_fast_matmul(width: int) -> None:
     j = _matrix(3, width, torch.float32)
-    assert _cosine_error(gramian(j), j) <= 1e-7
+    assert _cosine_error(gramian(j), j) <= 1e-6
     assert torch.get_float32_matmul_precision() == "medium"
 
 
@@ -88,7 +123,7 @@ def test_products_under_autocast(width: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found, direction = gramian(j), combine(w, j)
         assert torch.is_autocast_enabled("cpu")
-    assert _cosine_error(found, j) <= 1e-7
+    assert _cosine_error(found, j) <= 1e-6
     assert direction.dtype == torch.float32
     torch.testing.assert_close(direction, combine(w, j), rtol=0, atol=0)
 
@@ -163,7 +198,7 @@ def test_extreme_scales_through_the_optimizer(
 
 
 def _reach(losses: list[Tensor], parameters: list[Tensor]) -> list[tuple[bool, ...]]:
-    return reached_parameters([l.grad_fn for l in losses], parameters)
+    return reached_parameters(losses, parameters)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +214,15 @@ def test_reached_parameters_are_those_with_a_gradient(name: str) -> None:
         assert reach == tuple(g is not None for g in grads)
 
 
-def test_reached_parameters_of_nothing() -> None:
-    assert reached_parameters([None], [torch.zeros(1, requires_grad=True)]) == [(False,)]
+def test_reached_parameters_of_leaves_and_edges() -> None:
+    x = torch.ones((), requires_grad=True)
+    y = torch.ones((), requires_grad=True)
+    edge = get_gradient_edge(x * 2)
+    assert reached_parameters([x, edge, y * x], [x, y]) == [
+        (True, False),
+        (True, False),
+        (True, True),
+    ]
 
 
 def test_a_deep_graph_is_walked_without_recursion() -> None:
@@ -203,7 +245,8 @@ def test_the_buffer_is_used_again(aggregator: str) -> None:
         rows.take(roots, parameters)
         addresses.add(rows.jacobian.data_ptr())
         grads = [
-            torch.autograd.grad(l, model.trunk[0].weight)[0] for l in model.losses(model.batch())
+            torch.autograd.grad(l, model.trunk[0].weight, retain_graph=True)[0]
+            for l in model.losses(model.batch())
         ]
         want = torch.stack([g.flatten() for g in grads])
         torch.testing.assert_close(rows.jacobian[:, : want.shape[1]], want)

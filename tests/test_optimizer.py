@@ -58,10 +58,6 @@ def test_an_instance_serves_as_aggregator() -> None:
     assert opt.aggregator is method
 
 
-def _own_group(lr: float) -> dict[str, Any]:
-    return {"lr": lr}
-
-
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.5**epoch),
     "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.5),
@@ -294,7 +290,7 @@ def test_lbfgs_solves_two_quadratics(aggregator: str, line_search: str | None) -
         return [(scales * (x - centre).square()).sum(), ((x - centre).square()).sum()]
 
     first = opt.step(losses)
-    assert [float(l) for l in first] == [134.0, 34.0]
+    assert [l.item() for l in first] == [134.0, 34.0]
     for _ in range(10):
         opt.step(losses)
     torch.testing.assert_close(x.detach(), torch.tensor([1.0, 2.0]).double(), rtol=0, atol=1e-6)

@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_names_the_tasks(aggregator: str, value: float
     model, opt = make_one(aggregator)
     before = snapshot(model, opt)
     losses = model.losses(model.batch())
-    with pytest.raises(NonFiniteError, match="losses must be finite.*task 0, 2") as caught:
+    with pytest.raises(NonFiniteError, match=r"losses must be finite.*task 0, 2") as caught:
         opt.backward([losses[0] * value, losses[1], losses[2] * value])
     assert caught.value.tasks == [0, 2]
     assert_same(snapshot(model, opt), before)
@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_names_the_task(
     losses = model.losses(model.batch())
     spoiled = model.trunk[0].weight if where == "trunk" else model.heads[1].weight
     losses[1] = losses[1] + root_at_zero(spoiled)
-    with pytest.raises(NonFiniteError, match="gradients must be finite.*task 1;") as caught:
+    with pytest.raises(NonFiniteError, match=r"gradients must be finite.*task 1;") as caught:
         opt.backward(losses)
     assert caught.value.tasks == [1]
     assert_same(snapshot(model, opt), before)

@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_format_is_refused() -> None:
     _, opt = fresh("upgrad")
     state = opt.state_dict()
     state["gradbal"]["format"] = 999
-    with pytest.raises(ValueError, match="format.*999"):
+    with pytest.raises(ValueError, match=r"format.*999"):
         opt.load_state_dict(state)
 
 

@@ -18,7 +18,9 @@ def test_the_table_of_methods_is_the_one_that_is_printed(capsys):
 
 def test_writing_the_table_into_a_file(tmp_path):
     file = tmp_path / "a.md"
-    file.write_text("x\n<!-- methods: printed by python -m gradbal -->\nold\n<!-- end of methods -->")
+    file.write_text(
+        "x\n<!-- methods: printed by python -m gradbal -->\nold\n<!-- end of methods -->"
+    )
     assert main(["--write", str(file)]) == 0
     assert "old" not in file.read_text()
     assert "| `mgda` |" in file.read_text()

@@ -73,10 +73,13 @@ class NashMTL(GramianAggregator):
         self.max_norm = max_norm
         self.ridge = ridge
         self.max_weight = max_weight
+        # One solve serves the weights of a step and those of its heads.
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """`w [T]` of the shared gradient, scaled to `max_norm`, from the Gramian `[T, T]`."""
         w = self._bargain(gramian)
+        self._last = gramian, w
         if not self.max_norm:
             return w
         squared_norm = w @ gramian.to(w) @ w
@@ -86,7 +89,10 @@ class NashMTL(GramianAggregator):
     def head_weights(self, weights: Tensor, gramian: Tensor) -> Tensor:
         """`min(w_i, max_weight/|g_i|)`, `[T]`, w not scaled to `max_norm`."""
         norms = torch.diagonal(gramian).sqrt()
-        w = self._bargain(gramian)
+        if self._last is not None and self._last[0] is gramian:
+            w = self._last[1]
+        else:
+            w = self._bargain(gramian)
         return torch.minimum(w, torch.where(norms > 0, self.max_weight / norms, w))
 
     def _bargain(self, gramian: Tensor) -> Tensor:

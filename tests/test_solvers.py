@@ -1,0 +1,128 @@
+"""The small solvers against cvxpy, closed forms and hard inputs."""
+
+import cvxpy
+import numpy as np
+import pytest
+
+from gradbal import solvers
+from gradbal.solvers import (
+    Solution,
+    SolverWarning,
+    barrier_newton,
+    checked,
+    cosine_matrix,
+    nonnegative_qp,
+    positive_part,
+    simplex_qp,
+    symmetric_pinv,
+    without_ridge,
+)
+
+
+def cosines(size, rank, seed):
+    rng = np.random.default_rng(seed)
+    j = rng.standard_normal((size, rank)) + 0.2
+    return cosine_matrix(j @ j.T)[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 9), (12, 30), (12, 6)])
+def test_nonnegative_qp(size, rank, seed):
+    h = cosines(size, rank, seed)
+    b = h @ np.random.default_rng(seed + 1).standard_normal(size)
+    found = nonnegative_qp(h, b)
+    z = cvxpy.Variable(size)
+    objective = 0.5 * cvxpy.quad_form(z, cvxpy.psd_wrap(h)) - b @ z
+    problem = cvxpy.Problem(cvxpy.Minimize(objective), [z >= 0])
+    problem.solve(solver=cvxpy.CLARABEL)
+    value = 0.5 * found.x @ h @ found.x - b @ found.x
+    assert (found.x >= 0).all()
+    assert found.residual < 1e-12
+    assert value == pytest.approx(problem.value, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 9), (12, 30), (12, 6)])
+def test_simplex_qp(size, rank, seed):
+    rng = np.random.default_rng(seed)
+    h, c, a = cosines(size, rank, seed), rng.standard_normal(size), rng.uniform(0.1, 10, size)
+    found = simplex_qp(h, c, a)
+    y = cvxpy.Variable(size)
+    objective = 0.5 * cvxpy.quad_form(y, cvxpy.psd_wrap(h)) + c @ y
+    problem = cvxpy.Problem(cvxpy.Minimize(objective), [y >= 0, a @ y == 1])
+    problem.solve(solver=cvxpy.CLARABEL)
+    value = 0.5 * found.x @ h @ found.x + c @ found.x
+    assert (found.x >= 0).all()
+    assert a @ found.x == pytest.approx(1, rel=1e-12)
+    assert found.residual < 1e-12
+    assert value == pytest.approx(problem.value, abs=1e-7 * max(1, abs(problem.value)))
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e6, 1e12])
+def test_simplex_qp_with_spread_constraint(spread):
+    a = spread ** np.linspace(0, 1, 7)
+    h = cosines(7, 20, 0)
+    found = simplex_qp(h, np.zeros(7), a)
+    assert found.residual < 1e-12
+    assert a @ found.x == pytest.approx(1, rel=1e-12)
+
+
+def test_a_singular_problem_ends_with_a_small_residual():
+    h = np.array([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
+    assert nonnegative_qp(h, -h[:, 0]).residual < 1e-12
+    found = simplex_qp(h, np.zeros(3), np.ones(3))
+    assert found.x @ h @ found.x < 1e-15
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_barrier_newton_takes_few_steps(seed):
+    c = np.abs(cosines(8, 12, seed))
+    np.fill_diagonal(c, 1.0)
+    c = positive_part(c, 1.0)
+    found = barrier_newton(c, 1e-10)
+    assert found.residual < 1e-12
+    assert found.iterations <= 10
+    polished = without_ridge(c, found.x)
+    assert np.abs(polished * (c @ polished) - 1).max() < 1e-13
+
+
+def test_without_ridge_leaves_a_singular_problem_alone():
+    c = np.array([[1.0, -1], [-1, 1]])
+    v = barrier_newton(c, 1e-10).x
+    assert np.array_equal(without_ridge(c, v), v)
+    assert v == pytest.approx([1e5, 1e5], rel=1e-6)
+
+
+def test_cosine_matrix_leaves_zero_rows_out_relative_to_the_largest():
+    g = np.diag([1e-30, 0.0, 1e-60, 1e-50])
+    c, n, active = cosine_matrix(g)
+    assert active.tolist() == [0, 3]
+    assert n == pytest.approx([1e-15, 1e-25])
+    assert np.array_equal(c, np.eye(2))
+    assert cosine_matrix(np.zeros((3, 3)))[2].size == 0
+
+
+def test_positive_part_removes_what_rounding_made_negative():
+    noisy = np.array([[1.0, 1 + 1e-8], [1 + 1e-8, 1.0]])
+    assert np.linalg.eigvalsh(noisy)[0] < 0
+    cleaned = positive_part(noisy, 1e-8)
+    assert np.linalg.eigvalsh(cleaned)[0] > -1e-15
+    assert np.abs(cleaned - noisy).max() < 2e-8
+    definite = cosines(4, 9, 0)
+    assert positive_part(definite, 1e-8) is definite
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_symmetric_pinv(rank):
+    c = cosines(5, rank, 0)
+    found = symmetric_pinv(c, 1e-12)
+    np.testing.assert_allclose(found, np.linalg.pinv(c, rcond=1e-10), atol=1e-9)
+
+
+def test_an_unsolved_problem_warns_with_the_numbers():
+    with pytest.warns(SolverWarning, match=r"a test: residual 1\.0e-03 after 7 iterations"):
+        x = checked(Solution(np.ones(2), 1e-3, 7), "a test")
+    assert np.array_equal(x, np.ones(2))
+    with pytest.warns(SolverWarning, match="residual nan"):
+        checked(Solution(np.ones(2), float("nan"), 1), "a test")
+    assert solvers.RESIDUAL == 1e-8
