@@ -19,11 +19,11 @@ from gradbal.aggregators.base import (
 )
 from gradbal.jacobian import (
     Rows,
-    accuracy,
     combine,
     gramian,
     reached_parameters,
     shared_indices,
+    wants_exact,
 )
 
 __all__ = ["Balancer"]
@@ -204,9 +204,7 @@ class Balancer:
         jacobian, extremes = self.rows.jacobian, self.rows.head_extremes()
         g = _unscaled(gramian(jacobian), scale)
         host = HostValues(g, values, extremes)
-        outside = host.outside_float32()
-        if outside and not self.rows.are_zero(outside):
-            # Rare: gradients so small or large that their float32 squares mislead, or NaN.
+        if wants_exact(host.gramian, jacobian):
             g = _unscaled(gramian(jacobian, exact=True), scale)
             host = HostValues(g, values, extremes)
         return g, host
@@ -228,7 +226,6 @@ class Balancer:
         head_weights = w.clone()
         if isinstance(aggregator, GramianAggregator):
             g = host.gramian if everyone else host.gramian[present][:, present]
-            aggregator.accuracy = accuracy(jacobian)
             found = self._gramian_weights(g, values, present).double()
             found_heads = aggregator.head_weights(found, g)
             w[present] = found

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
+
+from gradbal.jacobian import hooks_held_back
 
 __all__ = ["Losses", "read_losses"]
 
 Names = tuple[str | int, ...]
+
+# torch 2.4 starts backward passes from tensors alone; there a stacked tensor is taken as any other.
+_EDGES_ARE_ROOTS = hasattr(Node, "_input_metadata")
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,16 @@ class Losses:
             torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)
             return
         pairs = [pair for i, pair in enumerate(self.roots(weights)) if i not in absent]
-        roots, grads = zip(*pairs, strict=True)
-        torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
+        roots, cotangents = zip(*pairs, strict=True)
+        if isinstance(self.tensors, list):
+            torch.autograd.backward(roots, cotangents, retain_graph, inputs=inputs)
+            return
+        with hooks_held_back(inputs):
+            grads = torch.autograd.grad(
+                roots, inputs, cotangents, retain_graph=retain_graph, allow_unused=True
+            )
+        targets = [p for p, g in zip(inputs, grads, strict=True) if g is not None]
+        torch.autograd.backward(targets, [g for g in grads if g is not None])
 
 
 def read_losses(losses: object, names: Names | None) -> Losses:
@@ -175,7 +188,7 @@ def _check_loss(name: str | int, loss: object) -> None:
 def _stacked_edges(losses: Tensor, keep_missing: bool = False) -> list[GradientEdge] | None:
     """The pieces of a 1-D tensor made by `torch.stack`, as edges; None if it was made otherwise."""
     node = losses.grad_fn
-    if node is None or node.name() != "StackBackward0":
+    if not _EDGES_ARE_ROOTS or node is None or node.name() != "StackBackward0":
         return None
     edges = [
         None if piece is None else GradientEdge(piece, output)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 __all__ = ["HostValues", "LateCheck", "NonFiniteError", "not_finite"]
 
-_SAFE_SQUARES = (1e-25, 1e35)
-
 
 class NonFiniteError(ValueError):
     """A loss or a gradient is NaN or infinite.
@@ -40,20 +38,18 @@ class HostValues:
         gramian: `[T, T]`, float64.
         losses: `[T]`, as the aggregator sees them.
         extremes: `[T]`, the largest entries of each task's other gradients.
+
+    Attributes:
+        gramian, losses: on the host.
+        bad: indices of the tasks with anything that is not finite.
     """
 
     def __init__(self, gramian: Tensor, losses: Tensor, extremes: Tensor) -> None:
         packed = torch.cat([gramian, losses.to(gramian)[None], extremes.to(gramian)[None]])
         packed = packed.cpu()
         self.gramian, self.losses = packed[:-2], packed[-2]
-        self._squares = self.gramian.diagonal().tolist()
         checks = torch.stack([self.gramian.diagonal(), *packed[-2:]]).isfinite().all(0).tolist()
         self.bad = [i for i, finite in enumerate(checks) if not finite]
-
-    def outside_float32(self) -> list[int]:
-        """Tasks whose squared norm is where float32 products lose digits, overflow or vanish."""
-        low, high = _SAFE_SQUARES
-        return [i for i, s in enumerate(self._squares) if not low < s < high]
 
 
 class LateCheck:

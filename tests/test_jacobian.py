@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import BLOCK, SMALL, Rows, accuracy, combine, gramian, reached_parameters
+from gradbal.jacobian import BLOCK, SMALL, Rows, combine, gramian, reached_parameters
 from tests.zoo import make
 
 GRAMIAN = [n for n in gradbal.list_aggregators() if gradbal.info(n).kind == "gramian"]
@@ -60,7 +60,7 @@ def test_gramian_is_as_accurate_as_it_says(kind: str, width: int, dtype: torch.d
         # Equal products, whose sums in float32 drift one way.
         levels = torch.tensor([[1.0, 0.3], [0.7, 0.21], [1.9, 0.57]], dtype=torch.float64)
         j = levels.repeat_interleave(width // 2, 1).to(dtype)
-    assert _cosine_error(gramian(j), j) <= 10 * accuracy(j)
+    assert _cosine_error(gramian(j), j) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("aggregator", GRAMIAN)
@@ -111,8 +111,9 @@ def _medium_precision() -> Iterator[None]:
 @pytest.mark.usefixtures("_medium_precision")
 @pytest.mark.parametrize("width", [100, 9 * BLOCK + 13])
 def test_gramian_under_fast_matmul(width: int) -> None:
+    # Products of lower precision must not be used, on any machine.
     j = _matrix(3, width, torch.float32)
-    assert _cosine_error(gramian(j), j) <= 1e-6
+    assert _cosine_error(gramian(j), j) <= 1e-12
     assert torch.get_float32_matmul_precision() == "medium"
 
 

@@ -1,20 +1,19 @@
-"""MultiTaskOptimizer is the optimizer that it wraps: schedulers, hooks, groups, closures."""
+"""MultiTaskOptimizer is the optimizer that it wraps: groups, hooks, closures, formats."""
 
 import copy
-import warnings
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
-from torch.optim import lr_scheduler as schedulers
-from torch.optim.swa_utils import SWALR
 
 import gradbal
 from gradbal import MultiTaskOptimizer
+from tests.gradients import assert_gradients, expected, task_gradients
 from tests.states import assert_same, fresh, snapshot
-from tests.zoo import assert_gradients, expected, make, optimizer, task_gradients
+from tests.zoo import make, optimizer
 
 METHODS = gradbal.list_aggregators()
 
@@ -56,75 +55,6 @@ def test_an_instance_serves_as_aggregator() -> None:
     method = gradbal.create("cagrad", c=0.3)
     opt = MultiTaskOptimizer(SGD(nn.Linear(2, 2).parameters(), lr=0.1), method)
     assert opt.aggregator is method
-
-
-SCHEDULERS: dict[str, Any] = {
-    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda epoch: 0.5**epoch),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda epoch: 0.5),
-    "StepLR": lambda o: schedulers.StepLR(o, 1, 0.5),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 2], 0.5),
-    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 2),
-    "LinearLR": lambda o: schedulers.LinearLR(o, 0.5, total_iters=3),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.5),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, 4),
-    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 4),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 2),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.001, 0.1, 2),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, 5),
-    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: schedulers.SequentialLR(
-        o, [schedulers.ConstantLR(o, 0.1, 2), schedulers.ExponentialLR(o, 0.5)], [2]
-    ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, 0.1, 2), schedulers.ExponentialLR(o, 0.5)], o
-    ),
-    "SWALR": lambda o: SWALR(o, 0.001, anneal_epochs=2),
-}
-
-
-def test_every_builtin_scheduler_is_listed() -> None:
-    builtin = {
-        name
-        for name, cls in vars(schedulers).items()
-        if isinstance(cls, type)
-        and issubclass(cls, schedulers.LRScheduler)
-        and cls.__module__ == schedulers.__name__
-        and not name.startswith("_")
-    }
-    assert builtin - {"LRScheduler"} <= set(SCHEDULERS)
-
-
-@pytest.mark.parametrize("aggregator", ["upgrad", "uw"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_move_the_learning_rates_of_the_wrapped(name: str, aggregator: str) -> None:
-    model = make("Plain")
-    # The method's own weights make a second group; a bare Adam gets one as well.
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    opt = _wrap(Adam(groups, lr=0.01), aggregator)
-    extra = [{"params": [torch.zeros(3, requires_grad=True)]}] if aggregator == "uw" else []
-    bare = Adam([{"params": [torch.zeros(2, requires_grad=True)]}, *extra], lr=0.01)
-    mine, theirs = SCHEDULERS[name](opt), SCHEDULERS[name](bare)
-    rates = []
-    for _ in range(4):
-        _train(model, opt)
-        bare.step()
-        for scheduler in (mine, theirs):
-            with warnings.catch_warnings():
-                # Chained schedulers pass `epoch`, which torch itself has deprecated.
-                warnings.filterwarnings("ignore", "The epoch parameter", UserWarning)
-                scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-        rates.append([group["lr"] for group in opt.param_groups])
-        assert rates[-1] == [group["lr"] for group in bare.param_groups]
-    assert rates[0] != rates[-1] or name in ("CyclicLR", "CosineAnnealingWarmRestarts")
-    assert len(rates[0]) == (2 if aggregator == "uw" else 1)
-    assert opt.param_groups is opt.optimizer.param_groups
-
-
-def test_a_scheduler_warns_when_step_was_forgotten() -> None:
-    opt = _wrap(SGD(make("Plain").parameters(), lr=0.1))
-    scheduler = schedulers.StepLR(opt, 1)
-    with pytest.warns(UserWarning, match="before `optimizer.step"):
-        scheduler.step()
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "uw", "upgrad"])
@@ -402,3 +332,108 @@ def test_backward_inside_autocast(aggregator: str) -> None:
         other.backward(twin.losses(twin.batch()))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", [list, torch.stack], ids=["list", "stack"])
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_a_common_parameter_left_out_of_shared_params(aggregator: str, heads: str, form) -> None:
+    """It gets the sum of what heads get: own gradients, or weighted ones."""
+    model = make("Plain")
+    rows, _ = task_gradients(model, lambda twin: twin.losses(model.batch()))
+    opt = optimizer(model, aggregator, shared_params=[model.trunk[0].weight], heads=heads)
+    opt.backward(form(model.losses(model.batch())))
+    factors = [1.0] * 3
+    if heads == "weighted":
+        # Each head tells what its task's gradients were multiplied by.
+        parts = [f"heads.{i}.bias" for i in range(3)]
+        factors = [float(model.get_parameter(n).grad / rows[i][n]) for i, n in enumerate(parts)]
+    want = sum(f * row["trunk.0.bias"] for f, row in zip(factors, rows, strict=True))
+    torch.testing.assert_close(model.trunk[0].bias.grad, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_losses_without_any_gradient_give_zeros(aggregator: str) -> None:
+    model = make("Plain")
+    opt = optimizer(model, aggregator)
+    opt.backward([l * 0 for l in model.losses(model.batch())])
+    assert all(not bool(p.grad.any()) for p in model.parameters())
+    assert bool(opt.weights.isfinite().all())
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_one_loss_twice_and_gradients_disabled(aggregator: str) -> None:
+    model = make("Plain")
+    opt = optimizer(model, aggregator)
+    a, b, _ = model.losses(model.batch())
+    reference = copy.deepcopy(opt.aggregator)
+    rows, values = task_gradients(
+        model, lambda twin: [twin.losses(twin.batch())[k] for k in (0, 1, 0)]
+    )
+    with torch.no_grad():
+        opt.backward([a, b, a])
+    assert_gradients(model, expected(reference, rows, values, None), 1e-6)
+
+
+def test_parameters_that_are_empty_or_transposed() -> None:
+    empty = nn.Parameter(torch.zeros(0))
+    turned = nn.Parameter(torch.randn(4, 6).t())
+    twin = nn.Parameter(turned.detach().clone(memory_format=torch.preserve_format))
+    opt = _wrap(SGD([empty, turned], lr=0.1), "sum", heads="own")
+    opt.backward([turned.square().sum() + empty.sum(), turned.sum().square() + empty.sum()])
+    (twin.square().sum() + twin.sum().square()).backward()
+    torch.testing.assert_close(turned.grad, twin.grad)
+    assert turned.grad.stride() == twin.grad.stride()
+    assert empty.grad.shape == (0,)
+
+
+def test_a_step_without_shared_parameters_does_no_harm() -> None:
+    model = make("Plain")
+    twin = copy.deepcopy(model)
+    opt, other = optimizer(model, "upgrad"), optimizer(twin, "upgrad")
+    for o, m in ((opt, model), (other, twin)):
+        o.backward(m.losses(m.batch()))
+        o.zero_grad()
+    features = torch.ones(1, 5).double()
+    with pytest.raises(ValueError, match="two or more losses"):
+        opt.backward([head(features).sum() for head in model.heads])
+    for o, m in ((opt, model), (other, twin)):
+        o.backward(m.losses(m.batch()))
+    assert_same(snapshot(model, opt), snapshot(twin, other))
+
+
+def test_learnable_weights_stay_the_optimizers_after_loading() -> None:
+    model, opt = fresh("uw")
+    other_model, other = fresh("uw")
+    _train(other_model, other, 2)
+    opt.load_state_dict(other.state_dict())
+    assert opt.param_groups[-1]["params"][0] is opt.aggregator.log_variance
+    before = opt.aggregator.log_variance.detach().clone()
+    _train(model, opt)
+    assert not torch.equal(opt.aggregator.log_variance, before)
+
+
+def test_calls_that_a_method_has_no_use_for_change_nothing() -> None:
+    model, opt = fresh("uw")
+    _train(model, opt)
+    before = snapshot(model, opt)
+    opt.update(model.losses(model.batch()))
+    opt.update(dict(zip("abc", model.losses(model.batch()), strict=True)))
+    opt.update(torch.ones(3))
+    opt.end_epoch()
+    assert_same(snapshot(model, opt), before)
+
+
+@pytest.mark.parametrize("aggregator", METHODS)
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+def test_no_two_gradients_share_memory(aggregator: str, heads: str) -> None:
+    """Autograd hands out one tensor for both terms of a sum."""
+    model = make("Plain")
+    a, b = (nn.Parameter(torch.ones(6, 1).double()) for _ in range(2))
+    parameters = [*model.parameters(), a, b]
+    opt = _wrap(SGD(parameters, lr=0.1), aggregator, heads=heads)
+    losses = model.losses(model.batch())
+    opt.backward([losses[0] + (a + b).square().mean(), *losses[1:]])
+    spans = [(p.grad.data_ptr(), p.grad.data_ptr() + p.grad.nbytes) for p in parameters]
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

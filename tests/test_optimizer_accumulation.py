@@ -10,16 +10,8 @@ from torch import Tensor, nn
 
 import gradbal
 from gradbal import MultiTaskOptimizer
-from tests.zoo import (
-    assert_gradients,
-    expected,
-    jacobian,
-    make,
-    optimizer,
-    shared_names,
-    targets,
-    task_gradients,
-)
+from tests.gradients import assert_gradients, expected, jacobian, shared_names, task_gradients
+from tests.zoo import make, optimizer, targets
 
 METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]

@@ -145,6 +145,20 @@ def test_a_dropped_task_comes_back(aggregator: str) -> None:
     assert bool(model.heads[1].weight.grad.any())
 
 
+@pytest.mark.parametrize("where", ["loss", "trunk", "head"])
+@pytest.mark.parametrize("aggregator", [*GRAMIAN, "largest_entries"])
+def test_what_is_told_of_a_dropped_task(aggregator: str, where: str) -> None:
+    """Nothing is left of its gradient, nor of the one that it had a step before."""
+    model, opt = trained(aggregator, nonfinite="drop")
+    opt.zero_grad()
+    opt.backward(_spoil(model, model.losses(model.batch()), where))
+    assert not bool(opt.gramian[1].any())
+    assert not bool(opt.gramian[:, 1].any())
+    diagnostics = opt.diagnostics()
+    assert diagnostics["gradient_norms"][1] == 0
+    assert diagnostics["cosines"][0][2] == pytest.approx(diagnostics["cosines"][2][0])
+
+
 @pytest.mark.parametrize("where", ["loss", "trunk"])
 @pytest.mark.parametrize("aggregator", [*GRAMIAN, "largest_entries"])
 def test_drop_of_every_task_is_a_skip(aggregator: str, where: str) -> None:

@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradbal
-from tests.zoo import (
-    ZOO,
-    Plain,
-    assert_gradients,
-    expected,
-    make,
-    optimizer,
-    shared_names,
-    targets,
-    task_gradients,
-)
+from tests.gradients import assert_gradients, expected, shared_names, task_gradients
+from tests.zoo import ZOO, Plain, make, optimizer, targets
 
 METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
@@ -227,6 +218,3 @@ def test_a_vector_that_is_no_stack_needs_shared_params(aggregator: str) -> None:
     reference = copy.deepcopy(opt.aggregator)
     opt.backward(model.vector(batch))
     assert_gradients(model, expected(reference, rows, values, "own"), 1e-7)
-
-
-del ZOO["_Sliced"]

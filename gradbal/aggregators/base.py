@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.jacobian import accuracy, combine, gramian
+from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises
-from gradbal.solvers import Array, Indices, cosine_matrix
+from gradbal.solvers import Array, Indices, cosine_matrix, positive_part
 
 __all__ = [
     "Aggregator",
@@ -74,6 +74,8 @@ def solve_active(
     c, n, active = cosine_matrix(g)
     if len(active) == 0:
         return as_weights(np.full(len(g), neutral), gramian)
+    if gramian.dtype != torch.float64:
+        c = positive_part(c)
     w = np.zeros(len(g))
     w[active] = solve(c, n, active)
     return as_weights(w, gramian)
@@ -290,8 +292,6 @@ class GramianAggregator(Aggregator):
     """Consumes `G = JJᵀ` (and the losses' values); T backwards a step."""
 
     category = "gramian"
-    accuracy: float = 1e-15
-    """Relative accuracy of the Gramians that come in; whoever forms them sets it."""
 
     @abstractmethod
     def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -319,8 +319,10 @@ class GramianAggregator(Aggregator):
         Returns:
             `d [P]`, dtype and device of the Jacobian.
         """
-        self.accuracy = accuracy(jacobian)
-        return combine(self.weights(gramian(jacobian), losses), jacobian)
+        g = gramian(jacobian).cpu()
+        if wants_exact(g, jacobian):
+            g = gramian(jacobian, exact=True).cpu()
+        return combine(self.weights(g, losses), jacobian)
 
 
 class JacobianAggregator(Aggregator):

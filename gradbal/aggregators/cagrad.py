@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, one_of, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, checked, positive_part, simplex_qp
+from gradbal.solvers import Array, Indices, checked, simplex_qp
 
 __all__ = ["CAGrad", "cagrad"]
 
@@ -64,24 +64,22 @@ class CAGrad(GramianAggregator):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """`w [T]` from the Gramian `[T, T]`."""
-        return cagrad(gramian, self.c, accuracy=self.accuracy) / _rescaling(self.c, self.rescale)
+        return cagrad(gramian, self.c) / _rescaling(self.c, self.rescale)
 
 
-def cagrad(gramian: Tensor, c: float = 0.5, *, accuracy: float = 1e-15) -> Tensor:
+def cagrad(gramian: Tensor, c: float = 0.5) -> Tensor:
     """Weights of `g_0 + c|g_0| g_w/|g_w|`, before any rescaling.
 
     Args:
         gramian: `[T, T]`.
         c: non-negative; for c → ∞ the direction is MGDA's.
-        accuracy: relative accuracy of the Gramian's entries.
 
     Returns:
         `1/T + (c|g_0|/|g_w|) w`, `[T]`, dtype and device of the Gramian.
     """
     size = len(gramian)
 
-    def solve(cosines: Array, n: Array, active: Indices) -> Array:
-        h = positive_part(cosines, accuracy)
+    def solve(h: Array, n: Array, active: Indices) -> Array:
         n = n / n.max()
         q = h @ n / size  # ⟨u_i, g_0⟩ for the unit rows
         radius = c * math.sqrt(max(float(n @ q) / size, 0.0))

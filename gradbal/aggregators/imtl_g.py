@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, one_of, solve_active
@@ -48,25 +49,27 @@ class IMTLG(GramianAggregator):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None) -> Tensor:
         """`w [T]`, sum one unless the guard acts, from the Gramian `[T, T]`."""
-        return imtl_g(gramian, guard=self.guard, accuracy=self.accuracy)
+        return imtl_g(gramian, guard=self.guard)
 
 
-def imtl_g(gramian: Tensor, *, guard: bool = True, accuracy: float = 1e-15) -> Tensor:
+def imtl_g(gramian: Tensor, *, guard: bool = True) -> Tensor:
     """`w = v/(1ᵀv)`, `v = N⁻¹ C⁺ 1`.
+
+    Eigenvalues of the cosine matrix up to 1e-12 of the largest count as zero, up to `10·T·eps` for
+    a Gramian that is not in float64.
 
     Args:
         gramian: `[T, T]`.
         guard: see `IMTLG`.
-        accuracy: relative accuracy of the Gramian's entries; eigenvalues of the cosine matrix
-            below `max(1e-12, 10·T·accuracy)` of the largest count as zero.
 
     Returns:
         `w [T]`, dtype and device of the Gramian; zero for zero rows.
     """
     size = len(gramian)
+    wide = gramian.dtype == torch.float64
+    rtol = 1e-12 if wide else 10 * size * torch.finfo(gramian.dtype).eps
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        rtol = max(1e-12, 10 * size * accuracy)
         y = symmetric_pinv(c, rtol).sum(1)
         # C C⁺ 1 is what the range of C has of the vector of ones; nothing for opposite rows.
         if np.linalg.norm(c @ y) <= 100 * rtol * np.sqrt(len(n)):

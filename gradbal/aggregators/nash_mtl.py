@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, barrier_newton, checked, positive_part, without_ridge
+from gradbal.solvers import Array, Indices, barrier_newton, checked, without_ridge
 
 __all__ = ["NashMTL", "nash_mtl"]
 
@@ -96,25 +96,21 @@ class NashMTL(GramianAggregator):
         return torch.minimum(w, torch.where(norms > 0, self.max_weight / norms, w))
 
     def _bargain(self, gramian: Tensor) -> Tensor:
-        # Rounding in the Gramian must not make the cosine matrix indefinite.
-        ridge = max(self.ridge, len(gramian) * self.accuracy)
-        return nash_mtl(gramian, ridge=ridge, accuracy=self.accuracy)
+        return nash_mtl(gramian, ridge=self.ridge)
 
 
-def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10, accuracy: float = 1e-15) -> Tensor:
+def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10) -> Tensor:
     """The `w > 0` with `w_i (Gw)_i = 1`, by damped Newton on the cosine matrix.
 
     Args:
         gramian: `[T, T]`.
         ridge: added to the diagonal of the cosine matrix.
-        accuracy: relative accuracy of the Gramian's entries.
 
     Returns:
         `w [T]`, dtype and device of the Gramian; zero for zero rows, 1 everywhere if all are zero.
     """
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        c = positive_part(c, accuracy)
         v = checked(barrier_newton(c, ridge), "Nash-MTL's Newton solve")
         return without_ridge(c, v) / n
 

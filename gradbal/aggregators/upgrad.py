@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, preference, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, checked, nonnegative_qp, positive_part
+from gradbal.solvers import Array, Indices, checked, nonnegative_qp
 
 __all__ = ["UPGrad", "upgrad"]
 
@@ -86,23 +86,21 @@ class UPGrad(GramianAggregator):
         if pref is not None and tasks is not None:
             pref = [pref[i] for i in tasks]
         p = preference("pref", pref, len(gramian), 1.0 / len(gramian))
-        return upgrad(gramian, p, accuracy=self.accuracy)
+        return upgrad(gramian, p)
 
 
-def upgrad(gramian: Tensor, pref: Array, *, accuracy: float = 1e-15) -> Tensor:
+def upgrad(gramian: Tensor, pref: Array) -> Tensor:
     """`w = Σ p_i argmin {vᵀGv : v ≥ e_i}`.
 
     Args:
         gramian: `[T, T]`.
         pref: `p [T]`, non-negative.
-        accuracy: relative accuracy of the Gramian's entries.
 
     Returns:
         `w [T]`, dtype and device of the Gramian.
     """
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        c = positive_part(c, accuracy)
         total = np.zeros_like(n)
         for i, share in enumerate(pref[active] * n):
             # In units of the row norms the problem for task i does not depend on any norm.
