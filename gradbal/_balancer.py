@@ -189,6 +189,9 @@ class Balancer:
         absent = pending.absent | frozenset(bad)
         if bad and (self.nonfinite == "skip" or len(absent) == len(batch.names)):
             return False
+        if absent:
+            g = g.clone()
+            g[list(absent)] = g[:, list(absent)] = 0.0
         present = [i for i in range(len(batch.names)) if i not in absent]
         direction, weights, head_weights = self._aggregate(host, present, scale)
         heads: list[float | None] = [None] * len(batch.names)

@@ -16,7 +16,7 @@ __all__ = ["Losses", "read_losses"]
 
 Names = tuple[str | int, ...]
 
-# torch 2.4 starts backward passes from tensors alone; there a stacked tensor is taken as any other.
+# torch 2.4 starts backward passes from tensors alone.
 _EDGES_ARE_ROOTS = hasattr(Node, "_input_metadata")
 
 
@@ -135,6 +135,12 @@ def _read_vector(losses: Tensor, names: Names | None) -> Losses:
     for i, edge in enumerate(_stacked_edges(losses, keep_missing=True) or ()):
         if edge is None:
             raise ValueError(f"the loss of task {i!r} must have a graph, found one without")
+        if not _EDGES_ARE_ROOTS:
+            # Passes through the stack would reach every task's head, with zeros.
+            raise ValueError(
+                "losses made by torch.stack need torch 2.5 or later, found "
+                f"{torch.__version__}; pass the list of losses itself"
+            )
     found: Names = tuple(range(len(losses)))
     _check_names(found, names)
     return Losses(found, losses.detach(), losses)
@@ -188,7 +194,7 @@ def _check_loss(name: str | int, loss: object) -> None:
 def _stacked_edges(losses: Tensor, keep_missing: bool = False) -> list[GradientEdge] | None:
     """The pieces of a 1-D tensor made by `torch.stack`, as edges; None if it was made otherwise."""
     node = losses.grad_fn
-    if not _EDGES_ARE_ROOTS or node is None or node.name() != "StackBackward0":
+    if node is None or node.name() != "StackBackward0":
         return None
     edges = [
         None if piece is None else GradientEdge(piece, output)

@@ -218,8 +218,10 @@ class MultiTaskOptimizer(Optimizer):
         """Puts the balanced gradient of the losses into `.grad`, adding to what is there.
 
         Args:
-            losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor. T, and a dict's
-                keys, stay the same from step to step.
+            losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor (one made by
+                `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
+                step. A 1-D tensor made in any other way cannot be taken apart: every loss then
+                reaches all that it was made from.
             features: reserved.
             independent: reserved.
             accumulate: add this batch's gradients to pending ones and aggregate nothing; the next

@@ -13,6 +13,9 @@ from gradbal.solvers import Array, Indices, checked, simplex_qp
 
 __all__ = ["CAGrad", "cagrad"]
 
+# Rounding leaves a sum of unit vectors that should vanish with a square of about 1e-16.
+_VANISHING = 1e-7
+
 
 def _rescaling(c: float, rescale: int) -> float:
     return (1.0, 1.0 + c * c, 1.0 + c)[rescale]
@@ -95,34 +98,40 @@ def cagrad(gramian: Tensor, c: float = 0.5) -> Tensor:
 def _worst_case(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, float]:
     """Minimises `qᵀy + radius·|y|_H` over `{y ≥ 0, aᵀy = 1}`; returns y and `|y|_H = √(yᵀHy)`.
 
-    The minimiser also minimises `½yᵀHy + t qᵀy` at the one t where `|y(t)|_H = radius·t`: a bend
-    in `|y(t)|_H / t`, which falls with t. On one active set y is affine in t, so that the next t
-    is the root of a quadratic; a bracket guards it. Length 0 means that no such t exists: the
-    minimiser is a Pareto-stationary combination.
+    The minimiser also minimises `½yᵀHy + t qᵀy` at the one t > 0 where `|y(t)|_H = radius·t`, since
+    `|y(t)|_H / t` falls with t. On one active set y is affine in t, so that the next t is the root
+    of a quadratic; a bracket guards it. Length 0 says that there is no such t: a combination of
+    the gradients that vanishes is as good as any.
     """
+    low = 0.0
+    least = simplex_qp(h, np.zeros_like(q), a).x
+    size = float(least.sum())
+    if _length(h, least) <= _VANISHING * size:
+        # Stationary: whether |y(t)|_H / t starts above the radius, seen well above rounding.
+        low = 1e3 * _VANISHING * size / radius
+        y = simplex_qp(h, low * q, a).x
+        if _length(h, y) <= radius * low:
+            return y, 0.0
     high = 1.1 / (radius * float(a.min()))
-    low = 1e-10 * high
     t = high
     for _ in range(100):
         solution = simplex_qp(h, t * q, a)
-        y = solution.x
-        length = math.sqrt(max(float(y @ h @ y), 0.0))
+        y, length = solution.x, _length(h, solution.x)
         ratio = length / (radius * t)
         if abs(ratio - 1.0) < 1e-13:
             break
-        if ratio > 1.0:
-            low = t
-        else:
-            high = t
-        guess = _root_on_active_set(h, q, a, np.flatnonzero(y > 0), radius)
-        new = guess if guess is not None and low < guess < high else float(np.sqrt(low * high))
-        if abs(new - t) <= 4e-16 * t or high / low < 1.0 + 1e-15:
+        low, high = (t, high) if ratio > 1.0 else (low, t)
+        new = _root_on_active_set(h, q, a, np.flatnonzero(y > 0), radius)
+        if new is None or not low < new < high:
+            new = math.sqrt(low * high) if low > 0.0 else 1e-3 * high
+        if abs(new - t) <= 4e-16 * t:
             break
         t = new
-    if ratio < 0.5:
-        return y, 0.0
-    checked(solution, "CAGrad's quadratic program")
-    return y, length
+    return checked(solution, "CAGrad's quadratic program"), length
+
+
+def _length(h: Array, y: Array) -> float:
+    return math.sqrt(max(float(y @ h @ y), 0.0))
 
 
 def _root_on_active_set(h: Array, q: Array, a: Array, p: Indices, radius: float) -> float | None:

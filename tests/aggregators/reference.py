@@ -9,9 +9,7 @@ import numpy as np
 def least_norm(j: np.ndarray) -> np.ndarray:
     """The point of least norm in the convex hull of the rows of J, `[P]`."""
     w = cvxpy.Variable(len(j))
-    problem = cvxpy.Problem(
-        cvxpy.Minimize(cvxpy.sum_squares(j.T @ w)), [w >= 0, cvxpy.sum(w) == 1]
-    )
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(j.T @ w)), [w >= 0, cvxpy.sum(w) == 1])
     _solve(problem)
     return w.value @ j
 
