@@ -111,7 +111,7 @@ def run(
     folder = out if out is not None else Path("results") / name
     try:
         plan = _plan(name, methods, seeds, epochs, quick, full)
-        _execute_and_report(plan, folder, data_root)
+        failed = _execute_and_report(plan, folder, data_root)
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Go on with: {again}", err=True)
         raise typer.Exit(130) from None
@@ -123,6 +123,8 @@ def run(
             f"Full table, with all the data: python -m benchmarks run {name} --full "
             f"--seeds {plan.benchmark.presets['full'].seeds}"
         )
+    if failed:
+        raise typer.Exit(1)
 
 
 def _command(
@@ -184,7 +186,8 @@ def _check_known(option: str, found: str, known: list[str]) -> None:
         raise BadInput(f"`{option}` must name what `list` shows, found {found!r}; {hint}")
 
 
-def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> None:
+def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> int:
+    """Fill the table, print it and write it to files; returns the number of failed runs."""
     from rich.console import Console
 
     from benchmarks.plot import write_plot
@@ -203,8 +206,10 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> Non
     records, _ = results.read()
     rows = summarise(plan, records)
     console.print(screen_table(plan, rows))
-    for line in failures(plan, records):
+    failed = failures(plan, records)
+    for line in failed:
         typer.echo(f"{line}; the same command tries it again")
     write_csv(plan, rows, folder / "summary.csv")
     write_plot(plan, rows, folder / "accuracy.png")
     typer.echo(f"Written: {results.path}, {folder / 'summary.csv'}, {folder / 'accuracy.png'}")
+    return len(failed)

@@ -115,7 +115,7 @@ MULTIMNIST = Benchmark(
     ),
     presets={
         "default": Preset(
-            Settings("mnist_5k", 20_000, 2_000, 8_000, epochs=5, batch_size=256, lr=2e-3),
+            Settings("mnist_5k", 20_000, 2_000, 8_000, epochs=4, batch_size=256, lr=2e-3),
             seeds=3,
             timing_rounds=20,
         ),
@@ -125,7 +125,7 @@ MULTIMNIST = Benchmark(
             timing_rounds=3,
         ),
         "full": Preset(
-            Settings("mnist", 120_000, 10_000, 20_000, epochs=10, batch_size=256, lr=2e-3),
+            Settings("mnist", 120_000, 10_000, 20_000, epochs=10, batch_size=256, lr=1e-3),
             seeds=5,
             timing_rounds=50,
         ),

@@ -55,7 +55,7 @@ def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
             fmt=_MARKERS[number % len(_MARKERS)],
             color=colour,
             markersize=7,
-            elinewidth=1,
+            elinewidth=0.8,
             capsize=2,
         )
         axes.annotate(

@@ -41,11 +41,10 @@ def random_jacobian(rng: np.random.Generator, spread: float, scale: float) -> Te
     return torch.from_numpy(rows)
 
 
-def _products(j: Array, w: Array) -> tuple[Array, Array, Array, Array]:
-    """`G`, the row norms, `Gw` and the size of the terms in `(Gw)_i`."""
-    g = j @ j.T
-    n = np.sqrt(np.diagonal(g))
-    return g, n, g @ w, n * (np.abs(w) @ n)
+def _products(j: Array, w: Array) -> tuple[Array, Array, Array]:
+    """The row norms, `Gw` and the size of the terms in `(Gw)_i`."""
+    n = np.linalg.norm(j, axis=1)
+    return n, j @ (j.T @ w), n * (np.abs(w) @ n)
 
 
 def _combination(expected: Callable[[Array], Array]) -> Callable[[str, Tensor], float]:
@@ -88,7 +87,7 @@ def _mgda(name: str, jacobian: Tensor) -> float:
     """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
     j = jacobian.numpy()
     w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    g, _, gw, size = _products(j, w)
+    _, gw, size = _products(j, w)
     gap = gw - w @ gw
     violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0)) / size
     return float(max(violation.max(), -w.min(), abs(w.sum() - 1)))
@@ -102,7 +101,7 @@ def _upgrad(name: str, jacobian: Tensor) -> float:
     for i in range(len(j)):
         unit = np.eye(len(j))[i]
         v = upgrad(gramian, unit).numpy()
-        _, n, gv, size = _products(j, v)
+        n, gv, size = _products(j, v)
         z = v - unit
         worst = max(worst, float((np.maximum(-gv, 0) / size).max()), float((-z * n).max() / n[i]))
         worst = max(worst, float((np.where(z > 0, np.abs(gv), 0) / size).max()))
@@ -131,7 +130,7 @@ def _nash(name: str, jacobian: Tensor) -> float:
     """`w_i (Gw)_i = 1`."""
     gramian = jacobian @ jacobian.T
     w = gradbal.create(name, max_norm=0.0).weights(gramian).numpy()  # type: ignore[attr-defined]
-    return float(np.abs(w * _products(jacobian.numpy(), w)[2] - 1).max())
+    return float(np.abs(w * _products(jacobian.numpy(), w)[1] - 1).max())
 
 
 def _imtl_g(name: str, jacobian: Tensor) -> float:
@@ -139,7 +138,7 @@ def _imtl_g(name: str, jacobian: Tensor) -> float:
     j = jacobian.numpy()
     method = gradbal.create(name, guard=False)
     w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    _, n, gw, size = _products(j, w)
+    n, gw, size = _products(j, w)
     projections = gw / n
     return float(max(np.ptp(projections) / (size / n).max(), abs(w.sum() - 1) / np.abs(w).sum()))
 

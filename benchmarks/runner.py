@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +70,7 @@ def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: C
     if records:
         found, total = len(plan.runs) - len(pending), len(plan.runs)
         others = sum(record.fingerprint != plan.fingerprint for record in records)
-        beside = f" ({others} results of other settings or versions left aside)" if others else ""
+        beside = f"; {others} runs with other settings or versions left aside" if others else ""
         console.print(f"{found} of {total} runs found in {results.path}{beside}", soft_wrap=True)
     if not pending:
         return
@@ -85,29 +86,23 @@ def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: C
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         ratios = _step_times(plan, known, pending, splits, progress)
         # A step counts as much as it lasts, so that the time left is right for slow methods too.
-        cost = {SINGLE_TASK: float(len(plan.benchmark.tasks)), **ratios}
-        steps = steps_per_run(plan.settings)
-        total_cost = sum(steps * cost.get(method, 1.0) for method, _ in pending)
-        bar = progress.add_task("training", total=total_cost)
+        costs = [_steps(plan, method) * ratios.get(method, 1.0) for method, _ in pending]
+        bar = progress.add_task("training", total=sum(costs))
         for number, (method, seed) in enumerate(pending, start=1):
             label = f"run {number} of {len(pending)}: {method}, seed {seed}"
             progress.update(bar, description=label)
-            start = progress.tasks[-1].completed
-            share = steps * cost.get(method, 1.0)
-
-            def advance(by: float = share / _steps_counted(plan, method)) -> None:
-                progress.advance(bar, by)
-
-            record = _run(plan, method, seed, splits, ratios.get(method), advance)
+            after_step = partial(progress.advance, bar, ratios.get(method, 1.0))
+            record = _run(plan, method, seed, splits, ratios.get(method), after_step)
             results.append(record)
-            progress.update(bar, completed=start + share)
+            # A failed run has made fewer steps than were planned.
+            progress.update(bar, completed=sum(costs[:number]))
             if not console.is_terminal or record.error is not None:
                 outcome = record.error or f"{record.train_seconds:.1f} s"
                 console.print(f"{label}: {outcome}", soft_wrap=True, markup=False)
 
 
-def _steps_counted(plan: Plan, method: str) -> int:
-    """How often a run calls back: once a step of each of its networks."""
+def _steps(plan: Plan, method: str) -> int:
+    """Training steps of one run, over all its networks."""
     networks = len(plan.benchmark.tasks) if method == SINGLE_TASK else 1
     return networks * steps_per_run(plan.settings)
 

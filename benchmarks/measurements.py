@@ -1,0 +1,106 @@
+"""The commands that measure gradbal itself: `speed` and `residuals`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.errors import BadInput, BenchmarkError
+
+__all__ = ["add_commands"]
+
+speed = typer.Typer(help="Ratios of CPU time, interleaved, medians.", no_args_is_help=True)
+
+_SCALES = (1e-8, 1e-4, 1.0, 1e4, 1e8)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `speed` and `residuals` to the command line."""
+    app.add_typer(speed, name="speed")
+    app.command()(residuals)
+
+
+@speed.callback()
+def _speed() -> None:
+    """Ratios of CPU time, interleaved, medians."""
+
+
+@speed.command()
+def engines(
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,conv,transformer",
+    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "3,11",
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+) -> None:
+    """`backward` against T bare autograd.grad passes and against TorchJD's UPGrad."""
+    from benchmarks.speed.engines import COLUMNS, measure
+    from benchmarks.speed.models import MODELS
+
+    chosen = models.split(",")
+    unknown = [m for m in chosen if m not in MODELS]
+    counts = [int(t) if t.strip().isdigit() else 0 for t in tasks.split(",")]
+    if unknown:
+        _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
+    if min(counts) < 2:
+        _stop(BadInput(f"`--tasks` must be numbers from 2 on, found {tasks!r}"))
+    if rounds < 1 or threads < 1:
+        _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
+    console = Console(highlight=False)
+    table = Table(title="CPU time over T bare torch.autograd.grad passes (median ratio)")
+    for heading in ("model", "T", "shared scalars", *COLUMNS.values()):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(chosen) * len(counts))
+            for row in measure(chosen, counts, rounds, threads):
+                ratios = [f"{row.ratios[column]:.2f}" for column in COLUMNS]
+                table.add_row(row.model, str(row.n_tasks), f"{row.n_shared:,}", *ratios)
+                progress.advance(task)
+    except BenchmarkError as error:
+        _stop(error)
+    console.print(table)
+    console.print(f"{rounds} rounds, {threads} thread(s), method upgrad, backward alone.")
+
+
+def residuals(
+    jacobians: Annotated[int, typer.Option(help="Random Jacobians a cell.")] = 1000,
+    spread: Annotated[float, typer.Option(help="Largest over smallest row scale.")] = 1e6,
+    seed: Annotated[int, typer.Option(help="Of the Jacobians.")] = 0,
+) -> None:
+    """How exactly each method solves its own problem: worst relative residual by scale."""
+    from benchmarks.residuals import RESIDUALS, worst_residuals
+
+    if jacobians < 1 or not spread >= 1:
+        _stop(
+            BadInput(
+                f"`--jacobians` and `--spread` must be at least 1, found {jacobians}, {spread}"
+            )
+        )
+    console = Console(highlight=False)
+    table = Table(
+        title=f"Worst residual of {jacobians} random Jacobians, row norms spread by {spread:.0e}"
+    )
+    table.add_column("method \\ scale")
+    for scale in _SCALES:
+        table.add_column(f"{scale:.0e}", justify="right")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("solving", total=len(RESIDUALS) * len(_SCALES))
+        for name in RESIDUALS:
+            cells = []
+            for scale in _SCALES:
+                cells.append(f"{worst_residuals(name, jacobians, spread, scale, seed)[1]:.0e}")
+                progress.advance(task)
+            table.add_row(name, *cells)
+    console.print(table)
+    for name, residual in RESIDUALS.items():
+        condition = residual.__doc__ or "The sum of the rows with the method's fixed weights."
+        console.print(f"{name}: {' '.join(condition.split())}")
+
+
+def _stop(error: BenchmarkError) -> None:
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(error.exit_code)
