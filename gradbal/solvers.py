@@ -72,19 +72,19 @@ def checked(solution: Solution, problem: str) -> Array:
     return solution.x
 
 
-def cosine_matrix(gramian: Array) -> tuple[Array, Array, Indices]:
+def cosine_matrix(gramian: Array, zero: float = ZERO_ROW) -> tuple[Array, Array, Indices]:
     """Cosines and norms of the rows that are not zero.
 
     Args:
         gramian: `[T, T]`, positive semi-definite.
+        zero: a row whose norm is at most this part of the largest is taken as zero.
 
     Returns:
-        `C [k, k]`, `n [k]` and the indices `[k]` of the k active rows, those with
-        `n_i > 1e-12 · max n`.
+        `C [k, k]`, `n [k]` and the indices `[k]` of the k active rows.
     """
     norms = np.sqrt(np.maximum(np.diagonal(gramian), 0.0))
     largest = norms.max(initial=0.0)
-    active = np.flatnonzero(norms > ZERO_ROW * largest)
+    active = np.flatnonzero(norms > zero * largest)
     n = norms[active]
     c: Array = gramian[np.ix_(active, active)] / n[:, None] / n
     c = 0.5 * (c + c.T)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises
-from gradbal.solvers import Array, Indices, cosine_matrix, positive_part
+from gradbal.solvers import ZERO_ROW, Array, Indices, cosine_matrix, positive_part
 
 __all__ = [
     "Aggregator",
@@ -57,7 +57,10 @@ def as_weights(weights: Array, like: Tensor) -> Tensor:
 
 
 def solve_active(
-    gramian: Tensor, neutral: float, solve: Callable[[Array, Array, Indices], Array]
+    gramian: Tensor,
+    neutral: float,
+    solve: Callable[[Array, Array, Indices], Array],
+    zero: float = ZERO_ROW,
 ) -> Tensor:
     """Weights from a problem on the cosine matrix, with one policy for rows that are zero.
 
@@ -66,12 +69,13 @@ def solve_active(
         neutral: weight of every task when all rows are zero.
         solve: takes the cosines `[k, k]`, norms `[k]` and indices `[k]` of the rows that are not
             zero, and returns their weights `[k]`.
+        zero: a row whose norm is at most this part of the largest is taken as zero.
 
     Returns:
         `w [T]`, dtype and device of the Gramian; zero for zero rows.
     """
     g = symmetric_float64(gramian)
-    c, n, active = cosine_matrix(g)
+    c, n, active = cosine_matrix(g, zero)
     if len(active) == 0:
         return as_weights(np.full(len(g), neutral), gramian)
     if gramian.dtype != torch.float64:
