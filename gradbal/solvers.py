@@ -25,6 +25,7 @@ __all__ = [
     "checked",
     "cosine_matrix",
     "nonnegative_qp",
+    "nonnegative_qps",
     "positive_part",
     "simplex_qp",
     "symmetric_pinv",
@@ -166,6 +167,55 @@ def nonnegative_qp(h: Array, b: Array) -> Solution:
     r = b - h @ z
     violation = np.where(z > 0, np.abs(r), np.maximum(r, 0.0)) / (z.sum() + size_b)
     return Solution(z, float(violation.max(initial=0.0)), iterations)
+
+
+def nonnegative_qps(h: Array, b: Array) -> Solution:
+    """`argmin_{z ≥ 0} ½ zᵀHz − bᵀz` for every column of `b`, all together.
+
+    Block principal pivoting (Kim and Park, "Fast Nonnegative Matrix Factorization: An
+    Active-Set-Like Method and Comparisons", SIAM J. Sci. Comput. 2011,
+    https://doi.org/10.1137/110821172): every entry on the wrong side changes sides at once, in all
+    columns, which mostly ends after two or three rounds of one batched solve. Columns that do not
+    settle, as with a singular `h`, go to `nonnegative_qp`.
+
+    Args:
+        h: as for `nonnegative_qp`.
+        b: `[T, k]`.
+
+    Returns:
+        The minimisers `[T, k]` and the worst of their residuals.
+    """
+    size, columns = b.shape
+    z = np.zeros((columns, size))
+    rhs, open_ = b.T, np.arange(columns)
+    passive = rhs > 0.0
+    size_b = np.maximum(np.abs(rhs).max(1), np.finfo(float).tiny)
+    identity = np.eye(size)
+    worst, iterations = 0.0, 0
+    for _ in range(8):
+        iterations += 1
+        p = passive[open_]
+        matrices = np.where(p[:, :, None] & p[:, None, :], h, identity)
+        try:
+            s = np.linalg.solve(matrices, np.where(p, rhs[open_], 0.0)[:, :, None])[:, :, 0]
+        except np.linalg.LinAlgError:
+            break
+        r = rhs[open_] - s @ h
+        scale = (np.abs(s).sum(1) + size_b[open_])[:, None]
+        wrong = np.where(p, s <= 0.0, r > 8 * size * _EPS * scale)
+        violation = np.where(p, np.abs(r), np.maximum(r, 0.0)) / scale
+        settled = ~wrong.any(1) & (violation.max(1) <= RESIDUAL * 1e-3)
+        z[open_[settled]] = s[settled]
+        worst = max(worst, float(violation[settled].max(initial=0.0)))
+        passive[open_] = p ^ wrong
+        open_ = open_[~settled]
+        if not len(open_):
+            break
+    for i in open_:
+        alone = nonnegative_qp(h, rhs[i])
+        z[i], worst = alone.x, max(worst, alone.residual)
+        iterations += alone.iterations
+    return Solution(z.T, worst, iterations)
 
 
 def simplex_qp(h: Array, c: Array, a: Array) -> Solution:

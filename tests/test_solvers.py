@@ -12,6 +12,7 @@ from gradbal.solvers import (
     checked,
     cosine_matrix,
     nonnegative_qp,
+    nonnegative_qps,
     positive_part,
     simplex_qp,
     symmetric_pinv,
@@ -39,6 +40,20 @@ def test_nonnegative_qp(size, rank, seed):
     assert (found.x >= 0).all()
     assert found.residual < 1e-12
     assert value == pytest.approx(problem.value, abs=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (2, 2), (5, 9), (12, 30), (12, 6), (40, 60)])
+def test_many_nonnegative_qps_are_as_many_single_ones(size, rank, seed):
+    h = cosines(size, rank, seed)
+    b = h @ np.random.default_rng(seed + 1).standard_normal((size, 7))
+    found = nonnegative_qps(h, b)
+    assert found.residual < 1e-11
+    assert (found.x >= 0).all()
+    for column, z in zip(b.T, found.x.T, strict=True):
+        gap = z - nonnegative_qp(h, column).x
+        # Where h is singular z is not unique, but Hz is.
+        assert np.abs(h @ gap).max() < 1e-6 * np.abs(column).max()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, preference, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, checked, nonnegative_qp
+from gradbal.solvers import Array, Indices, checked, nonnegative_qps
 
 __all__ = ["UPGrad", "upgrad"]
 
@@ -101,12 +101,13 @@ def upgrad(gramian: Tensor, pref: Array) -> Tensor:
     """
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        total = np.zeros_like(n)
-        for i, share in enumerate(pref[active] * n):
-            # In units of the row norms the problem for task i does not depend on any norm.
-            total[i] += share
-            if share > 0 and (c[:, i] < 0).any():
-                total += share * checked(nonnegative_qp(c, -c[:, i]), "UPGrad's projection")
-        return total / n
+        # In units of the row norms the problem for each task does not depend on any norm.
+        shares = pref[active] * n
+        conflicted = np.flatnonzero((shares > 0) & (c < 0).any(0))
+        total = shares.copy()
+        if len(conflicted):
+            found = checked(nonnegative_qps(c, -c[:, conflicted]), "UPGrad's projection")
+            total += found @ shares[conflicted]
+        return np.asarray(total / n)
 
     return solve_active(gramian, 1.0 / len(gramian), solve)
