@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from benchmarks.errors import BadInput, BenchmarkError
+from benchmarks.measurements import add_commands
 
 if TYPE_CHECKING:
     from benchmarks.runner import Plan
@@ -213,3 +214,6 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> int
     write_plot(plan, rows, folder / "accuracy.png")
     typer.echo(f"Written: {results.path}, {folder / 'summary.csv'}, {folder / 'accuracy.png'}")
     return len(failed)
+
+
+add_commands(app)

@@ -42,11 +42,9 @@ def engines(
 
     chosen = models.split(",")
     unknown = [m for m in chosen if m not in MODELS]
-    counts = [int(t) if t.strip().isdigit() else 0 for t in tasks.split(",")]
+    counts = _counts(tasks)
     if unknown:
         _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
-    if min(counts) < 2:
-        _stop(BadInput(f"`--tasks` must be numbers from 2 on, found {tasks!r}"))
     if rounds < 1 or threads < 1:
         _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
     console = Console(highlight=False)
@@ -64,6 +62,58 @@ def engines(
         _stop(error)
     console.print(table)
     console.print(f"{rounds} rounds, {threads} thread(s), method upgrad, backward alone.")
+
+
+@speed.command()
+def solvers(
+    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "3,11,40",
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
+) -> None:
+    """`direction(J)` against TorchJD's, and against the Gramian and combination it needs."""
+    import torch
+
+    import gradbal
+    from benchmarks.speed.solvers import Row, measure_against_floor, measure_against_torchjd
+
+    counts = _counts(tasks)
+    if rounds < 1:
+        _stop(BadInput(f"`--rounds` must be positive, found {rounds}"))
+    console = Console(highlight=False)
+    methods, threads = gradbal.list_aggregators(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    parts = {
+        "CPU time of direction(J) at P = 2,000 over TorchJD's": measure_against_torchjd,
+        "... at P = 1,000,000 over the blocked Gramian and one combination": measure_against_floor,
+    }
+    try:
+        for title, measure in parts.items():
+            found: dict[str, list[Row]] = {}
+            with Progress(console=console, transient=True) as progress:
+                task = progress.add_task("measuring", total=None)
+                for row in measure(methods, counts, rounds):
+                    found.setdefault(row.method, []).append(row)
+                    progress.advance(task)
+            table = Table(title=title)
+            table.add_column("method \\ T")
+            for count in counts:
+                table.add_column(str(count), justify="right")
+            for method, rows in found.items():
+                table.add_row(method, *("–" if r.ratio is None else f"{r.ratio:.3f}" for r in rows))
+            console.print(table)
+            for row in (r for rows in found.values() for r in rows if r.reason):
+                console.print(f"{row.method}, T = {row.n_tasks}: TorchJD said {row.reason}")
+    except BenchmarkError as error:
+        _stop(error)
+    finally:
+        torch.set_num_threads(threads)
+    console.print(f"Median ratios of {rounds} interleaved rounds, one thread, float32.")
+
+
+def _counts(tasks: str) -> list[int]:
+    counts = [int(t) if t.strip().isdigit() else 0 for t in tasks.split(",")]
+    if min(counts) < 2:
+        _stop(BadInput(f"`--tasks` must be numbers from 2 on, found {tasks!r}"))
+    return counts
 
 
 def residuals(

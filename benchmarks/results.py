@@ -80,15 +80,13 @@ class ResultsFile:
     def append(self, record: Record) -> None:
         """Add one record; it is on disk when this returns."""
         line = json.dumps(asdict(record), allow_nan=False, ensure_ascii=False) + "\n"
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        with self.path.open("ab+", buffering=0) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(size - 1, 0))
+            if stream.read(1) not in (b"", b"\n"):
                 line = "\n" + line
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            stream.write(line.encode())
+            os.fsync(stream.fileno())
 
     def read(self) -> tuple[list[Record], int]:
         """All records in the order of writing, and the number of lines that are none."""
@@ -96,6 +94,8 @@ class ResultsFile:
         unreadable = 0
         # Bytes, since a line may be cut in the middle of a character.
         for line in self.path.read_bytes().splitlines():
+            if not line:
+                continue
             try:
                 records.append(Record(**json.loads(line)))
             except (ValueError, TypeError):

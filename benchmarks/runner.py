@@ -52,7 +52,8 @@ class Plan:
 
     def select(self, records: Sequence[Record]) -> dict[tuple[str, int], Record]:
         """The records of this plan's runs, one a run, in the plan's order."""
-        best = best_by_run(r for r in records if r.fingerprint == self.fingerprint)
+        mine = self.fingerprint
+        best = best_by_run(record for record in records if record.fingerprint == mine)
         return {run: best[run] for run in self.runs if run in best}
 
 
@@ -64,14 +65,16 @@ def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: C
     """
     records, unreadable = results.read()
     if unreadable:
-        console.print(f"{unreadable} unreadable lines in {results.path} are left out")
+        console.print(f"{unreadable} unreadable lines in {results.path} are left out", markup=False)
     known = plan.select(records)
     pending = [run for run in plan.runs if run not in known or known[run].error is not None]
     if records:
         found, total = len(plan.runs) - len(pending), len(plan.runs)
-        others = sum(record.fingerprint != plan.fingerprint for record in records)
+        mine = plan.fingerprint
+        others = sum(record.fingerprint != mine for record in records)
         beside = f"; {others} runs with other settings or versions left aside" if others else ""
-        console.print(f"{found} of {total} runs found in {results.path}{beside}", soft_wrap=True)
+        found_here = f"{found} of {total} runs found in {results.path}{beside}"
+        console.print(found_here, soft_wrap=True, markup=False)
     if not pending:
         return
 

@@ -239,4 +239,4 @@ def _hyperparameters(cls: type) -> dict[str, Any]:
 
 def _first_sentence(doc: str | None) -> str:
     text = " ".join((doc or "").strip().split("\n\n")[0].split())
-    return re.split(r"(?<=[.:])\s", text)[0].rstrip(".:") if text else ""
+    return re.split(r"(?<=[.])\s", text)[0].rstrip(".") if text else ""

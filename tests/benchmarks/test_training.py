@@ -1,0 +1,112 @@
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.timing import step_time_ratios
+from benchmarks.training import Learner, batches, evaluate, steps_per_run, train
+from tests.benchmarks.conftest import TINY
+
+SETTINGS = TINY.presets["default"].settings
+SPLITS = TINY.load(SETTINGS, None)
+
+
+def _learner(method, seed=0, tasks=TINY.tasks):
+    return Learner(TINY, SETTINGS, tasks, method, seed)
+
+
+def _state(learner):
+    return learner.model.state_dict()
+
+
+def test_all_methods_start_from_the_same_network():
+    first, second, other = (_learner(None), _learner("rlw"), _learner("rlw", seed=1))
+    for name, value in _state(first).items():
+        assert torch.equal(value, _state(second)[name])
+    assert not torch.equal(_state(first)["trunk.weight"], _state(other)["trunk.weight"])
+
+
+def test_a_single_task_network_starts_with_the_same_trunk_and_has_one_head():
+    single = _learner(None, tasks=TINY.tasks[1:])
+    assert torch.equal(_state(single)["trunk.weight"], _state(_learner("sum"))["trunk.weight"])
+    assert list(single.model.heads) == ["size"]
+
+
+def test_batches_depend_on_the_seed_alone():
+    settings = replace(SETTINGS, batch_size=16)
+    torch.manual_seed(5)
+    first = list(batches(SPLITS.train, settings, seed=0))
+    torch.manual_seed(6)
+    second = list(batches(SPLITS.train, settings, seed=0))
+    other = list(batches(SPLITS.train, settings, seed=1))
+    assert [len(batch) for batch in first] == [16, 16, 8] * settings.epochs
+    assert len(first) == steps_per_run(settings)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0].inputs, other[0].inputs)
+    epochs = [torch.cat([b.inputs for b in first[i : i + 3]]) for i in (0, 3)]
+    assert not torch.equal(*epochs)  # shuffled anew
+    assert torch.equal(*(epoch.sort(0).values for epoch in epochs))  # of the same examples
+
+
+def test_batches_keep_inputs_and_targets_together():
+    for batch in batches(SPLITS.train, SETTINGS, seed=0):
+        assert torch.equal(batch.targets["class"], batch.inputs[:, :3].argmax(1))
+
+
+def test_the_sum_method_trains_like_plain_pytorch():
+    learners = [_learner(None), _learner("sum")]
+    for learner in learners:
+        train(learner, SPLITS.train, SETTINGS, 0, lambda: None)
+    for name, value in _state(learners[0]).items():
+        torch.testing.assert_close(value, _state(learners[1])[name])
+    assert not torch.equal(
+        _state(learners[0])["trunk.weight"], _state(_learner(None))["trunk.weight"]
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    tasks = (replace(TINY.tasks[0], loss=lambda output, target: output.sum() * math.nan),)
+    learner = _learner(None, tasks=tasks)
+    with pytest.raises(FloatingPointError, match="found nan for class in step 1"):
+        train(learner, SPLITS.train, SETTINGS, 0, lambda: None)
+
+
+def test_evaluate_agrees_with_a_count_by_hand(monkeypatch):
+    monkeypatch.setattr("benchmarks.training._EVALUATION_BATCH", 7)  # 30 examples, unevenly
+    learner = _learner("sum")
+    found = evaluate(learner, SPLITS.test)
+    outputs = learner.model(SPLITS.test.inputs)
+    hits = outputs["class"].argmax(1) == SPLITS.test.targets["class"]
+    errors = outputs["size"] - SPLITS.test.targets["size"]
+    assert found["class"]["accuracy"] == pytest.approx(hits.float().mean().item())
+    assert found["size"]["mse"] == pytest.approx(errors.square().mean().item())
+
+
+def test_step_times_are_ratios_to_the_plain_sum(monkeypatch):
+    durations = {None: 2.0, "sum": 3.0, "mgda": 5.0}
+    now = 0.0
+
+    class Recorder:
+        def __init__(self, benchmark, settings, tasks, method, seed):
+            self.method = method
+
+        def step(self, batch):
+            nonlocal now
+            now += durations[self.method]
+
+    monkeypatch.setattr("benchmarks.timing.Learner", Recorder)
+    monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(perf_counter=lambda: now))
+    rounds = []
+    found = step_time_ratios(
+        TINY, SETTINGS, SPLITS.train, ["sum", "mgda"], 4, lambda: rounds.append(1)
+    )
+    assert found == {"sum": 1.5, "mgda": 2.5}
+    assert len(rounds) == 4
+
+
+def test_a_method_that_raises_has_no_step_time():
+    found = step_time_ratios(TINY, SETTINGS, SPLITS.train, ["sum", "none_such"], 1, lambda: None)
+    assert list(found) == ["sum"]
+    assert found["sum"] > 0
