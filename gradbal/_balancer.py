@@ -26,7 +26,25 @@ from gradbal.jacobian import (
     wants_exact,
 )
 
-__all__ = ["Balancer"]
+__all__ = ["BackwardCall", "Balancer"]
+
+
+@dataclass(frozen=True)
+class BackwardCall:
+    """What one call of `backward` asks for.
+
+    batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
+    sit this step out. accumulate: only gather, and aggregate at the next call without it. scale:
+    0-dim loss scale, or None; with it an overflow is delivered as inf. retain_graph: keep the
+    losses' graph.
+    """
+
+    batch: Losses
+    parameters: list[Tensor]
+    absent: frozenset[int]
+    accumulate: bool
+    scale: Tensor | None
+    retain_graph: bool
 
 
 @dataclass
@@ -81,25 +99,8 @@ class Balancer:
         self._pending: _Pending | None = None
         self._graph_seen = False
 
-    def backward(
-        self,
-        batch: Losses,
-        parameters: list[Tensor],
-        *,
-        absent: frozenset[int],
-        accumulate: bool,
-        scale: Tensor | None,
-        retain_graph: bool,
-    ) -> bool:
+    def backward(self, call: BackwardCall) -> bool:
         """Puts the balanced gradients into `.grad` of the parameters.
-
-        Args:
-            batch: the losses.
-            parameters: those to train, without the aggregator's own.
-            absent: tasks that sit this step out.
-            accumulate: only gather; aggregate at the next call without it.
-            scale: 0-dim loss scale, or None. With it an overflow is delivered as inf.
-            retain_graph: keep the losses' graph.
 
         Returns:
             False if a gradient is not finite and the step is to be skipped; nothing was delivered.
@@ -107,10 +108,10 @@ class Balancer:
         Raises:
             NonFiniteError: a gradient is not finite, under `nonfinite="raise"`.
         """
-        before, self.tasks = self.tasks, batch.names
-        step = self._rows_step if self._needs_jacobian(accumulate) else self._single_step
+        before, self.tasks = self.tasks, call.batch.names
+        step = self._rows_step if self._needs_jacobian(call.accumulate) else self._single_step
         try:
-            return step(batch, parameters, absent, accumulate, scale, retain_graph)
+            return step(call)
         except BaseException:
             self.give_up_pending()
             self.tasks = before
@@ -120,11 +121,6 @@ class Balancer:
         """Forgets what was gathered and not aggregated."""
         self._pending = None
         self.rows.pending = False
-
-    @property
-    def has_pending(self) -> bool:
-        """Whether gradients wait to be aggregated."""
-        return self._pending is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Tasks, weights that are used again, counters."""
@@ -160,20 +156,13 @@ class Balancer:
 
     # T passes, then the aggregator on the Jacobian.
 
-    def _rows_step(
-        self,
-        batch: Losses,
-        parameters: list[Tensor],
-        absent: frozenset[int],
-        accumulate: bool,
-        scale: Tensor | None,
-        retain_graph: bool,
-    ) -> bool:
+    def _rows_step(self, call: BackwardCall) -> bool:
+        batch, absent, scale = call.batch, call.absent, call.scale
         values, factors = self._transformed(batch)
         roots = batch.roots(factors if scale is None else factors * scale.to(factors))
-        self.rows.take(roots, parameters, sit_out=absent, retain_graph=retain_graph)
+        self.rows.take(roots, call.parameters, sit_out=absent, retain_graph=call.retain_graph)
         pending = self._gather(batch, values, absent)
-        if accumulate:
+        if call.accumulate:
             self.rows.pending = True
             return True
         g, host = self._to_host(pending.values, scale)
@@ -256,15 +245,8 @@ class Balancer:
 
     # One pass of Σ w_i ℓ_i, for scalarizers and for weights that are used again.
 
-    def _single_step(
-        self,
-        batch: Losses,
-        parameters: list[Tensor],
-        absent: frozenset[int],
-        accumulate: bool,
-        scale: Tensor | None,
-        retain_graph: bool,
-    ) -> bool:
+    def _single_step(self, call: BackwardCall) -> bool:
+        batch, parameters, absent, scale = call.batch, call.parameters, call.absent, call.scale
         values, factors = self._transformed(batch)
         if not self._graph_seen:
             # Refuses a graph that would silently go untrained; once, as a walk is not free.
@@ -280,15 +262,15 @@ class Balancer:
         if self.heads == "own":
             head_weights = _only(torch.ones_like(factors), present)
         if self.heads == "weighted" and weights[0] is weights[1]:
-            batch.backward(w * factors, parameters, retain_graph, absent)
+            batch.backward(w * factors, parameters, call.retain_graph, absent)
         else:
             trunk, rest = self._apart(batch, factors, parameters)
             if rest:
                 batch.backward(head_weights * factors, rest, True, absent)
-            batch.backward(w * factors, trunk, retain_graph, absent)
+            batch.backward(w * factors, trunk, call.retain_graph, absent)
         pending = self._gather(batch, values, absent)
         pending.weights = weights
-        if accumulate:
+        if call.accumulate:
             return True
         if refreshes:
             present = [i for i in range(len(batch.names)) if i not in pending.absent]

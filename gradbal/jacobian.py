@@ -256,21 +256,6 @@ class Rows:
     _layout: _Layout | None = None
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """The parameters that the gradients belong to."""
-        return self._current.parameters
-
-    @property
-    def reach(self) -> list[Reach]:
-        """For each task, which parameters it reaches."""
-        return self._current.reach
-
-    @property
-    def shared(self) -> list[int]:
-        """Indices of the shared parameters."""
-        return self._current.shared
-
-    @property
     def width(self) -> int | None:
         """P, the number of shared scalars; None before the first step."""
         return None if self._layout is None else self._layout.buffer.shape[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbal._balancer import Balancer
+from gradbal._balancer import BackwardCall, Balancer
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
@@ -260,12 +260,7 @@ class MultiTaskOptimizer(Optimizer):
             # One of this step's micro-batches was not finite: the whole step is left out.
             self._spoiled, self._skip_step = accumulate, True
         elif absent is None or not balancer.backward(
-            batch,
-            parameters,
-            absent=absent,
-            accumulate=accumulate,
-            scale=scale,
-            retain_graph=retain_graph,
+            BackwardCall(batch, parameters, absent, accumulate, scale, retain_graph)
         ):
             balancer.give_up_pending()
             self._n_skipped += 1
