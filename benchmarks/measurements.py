@@ -49,7 +49,7 @@ def engines(
         _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
     console = Console(highlight=False)
     table = Table(title="CPU time over T bare torch.autograd.grad passes (median ratio)")
-    for heading in ("model", "T", "shared scalars", *COLUMNS.values()):
+    for heading in ("model", "T", "shared scalars", *COLUMNS):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     try:
         with Progress(console=console, transient=True) as progress:
@@ -61,6 +61,8 @@ def engines(
     except BenchmarkError as error:
         _stop(error)
     console.print(table)
+    for column, meaning in COLUMNS.items():
+        console.print(f"{column}: {meaning}")
     console.print(f"{rounds} rounds, {threads} thread(s), method upgrad, backward alone.")
 
 

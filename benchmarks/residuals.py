@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import gradbal
+from gradbal.aggregators.aligned_mtl import aligned_mtl
 from gradbal.aggregators.cagrad import cagrad
 from gradbal.aggregators.pcgrad import pcgrad, random_orders
 from gradbal.aggregators.upgrad import upgrad
@@ -56,6 +57,13 @@ def _combination(expected: Callable[[Array], Array]) -> Callable[[str, Tensor], 
     return residual
 
 
+def _unit_rows(name: str, jacobian: Tensor) -> float:
+    """d is the sum of the unit rows."""
+    d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
+    j = jacobian.numpy()
+    return float(np.abs(d - (j / np.linalg.norm(j, axis=1, keepdims=True)).sum(0)).max())
+
+
 def _rlw(name: str, jacobian: Tensor) -> float:
     """The weights, recovered from d by least squares, are on the simplex."""
     d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
@@ -64,6 +72,16 @@ def _rlw(name: str, jacobian: Tensor) -> float:
     w = np.linalg.lstsq((j / n[:, None]).T, d, rcond=None)[0] / n
     # A row 1e6 times smaller than the largest is recovered 1e6 times less accurately.
     return float(max(-w.min(), abs(w.sum() - 1)) * n.min() / n.max())
+
+
+def _primary(name: str, jacobian: Tensor) -> float:
+    """`⟨d, g_i⟩ ≥ 0` and `λ_i ≥ 0` for the secondary tasks, and not both positive."""
+    j = jacobian.numpy()
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    n, gw, _ = _products(j, w)
+    gains = (gw / n / (np.abs(w) @ n))[1:]
+    violation = np.where(w[1:] > 0, np.abs(gains), np.maximum(-gains, 0))
+    return float(max(violation.max(), -w[1:].min(), abs(w[0] - 1)))
 
 
 def _pcgrad(name: str, jacobian: Tensor) -> float:
@@ -110,6 +128,17 @@ def _upgrad(name: str, jacobian: Tensor) -> float:
     return max(worst, float(np.abs((w - total) / w).max()))
 
 
+def _dualproj(name: str, jacobian: Tensor) -> float:
+    """`Gw ≥ 0` and `w ≥ 1/T`, and no weight above that where `(Gw)_i > 0`."""
+    j = jacobian.numpy()
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    n, gw, _ = _products(j, w)
+    gains = gw / n / (w @ n)
+    above = w - 1 / len(j)
+    violation = np.where(above > 0, np.abs(gains), np.maximum(-gains, 0))
+    return float(max(violation.max(), -above.min()))
+
+
 def _cagrad(name: str, jacobian: Tensor) -> float:
     """`|d − g_0| = c|g_0|`, and the worst gain equals the bound by the best w: no duality gap."""
     j, c = jacobian.numpy(), 0.5
@@ -131,6 +160,48 @@ def _nash(name: str, jacobian: Tensor) -> float:
     gramian = jacobian @ jacobian.T
     w = gradbal.create(name, max_norm=0.0).weights(gramian).numpy()  # type: ignore[attr-defined]
     return float(np.abs(w * _products(jacobian.numpy(), w)[1] - 1).max())
+
+
+def _fairgrad(name: str, jacobian: Tensor) -> float:
+    """`(Gw)_i = w_i^{−1/α}` for α below, at and above one."""
+    worst = 0.0
+    for alpha in (0.5, 1.0, 2.0):
+        method = gradbal.create(name, alpha=alpha)
+        w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+        _, gw, size = _products(jacobian.numpy(), w)
+        gap = np.abs(gw - w ** (-1 / alpha)) / np.maximum(size, w ** (-1 / alpha))
+        worst = max(worst, float(gap.max()))
+    return worst
+
+
+def _aligned_mtl(name: str, jacobian: Tensor) -> float:
+    """`|d|² = s|p|²`, and with one task preferred at a time the d are orthogonal.
+
+    s is the least eigenvalue of G, from the inverse of the cosine matrix, where it is the largest;
+    the cut-off is below it, so that no direction is left out.
+    """
+    j = jacobian.numpy()
+    gramian, size = jacobian @ jacobian.T, len(j)
+    n = np.linalg.norm(j, axis=1)
+    u = j / n[:, None]
+    s = 1 / np.linalg.eigvalsh(np.linalg.inv(u @ u.T) / n[:, None] / n).max()
+    b = np.stack([aligned_mtl(gramian, e, rtol=1e-20).numpy() for e in np.eye(size)])
+    aligned = b @ j
+    gap = aligned @ aligned.T / s - np.eye(size)
+    method = gradbal.create(name, rtol=1e-20)
+    d = method.direction(jacobian).numpy()  # type: ignore[attr-defined]
+    return float(max(np.abs(gap).max(), np.abs(d - aligned.mean(0)).max() / np.sqrt(s)))
+
+
+def _config(name: str, jacobian: Tensor) -> float:
+    """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`."""
+    j = jacobian.numpy()
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    n, gw, size = _products(j, w)
+    norm = float(np.linalg.norm(w @ j))
+    projections = gw / n
+    gaps = (np.ptp(projections), abs(norm - gw.sum() / norm))
+    return float(max(gaps) / (size / n).max())
 
 
 def _imtl_g(name: str, jacobian: Tensor) -> float:
@@ -157,14 +228,24 @@ def _uw(name: str, jacobian: Tensor) -> float:
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
+    "ew": _combination(lambda j: j.sum(0)),
+    "constant": _combination(lambda j: j.sum(0)),
+    "gradnorm_inverse": _unit_rows,
     "rlw": _rlw,
+    "random": _rlw,
+    "rgw": _rlw,
     "uw": _uw,
     "pcgrad": _pcgrad,
     "mgda": _mgda,
     "upgrad": _upgrad,
+    "dualproj": _dualproj,
     "cagrad": _cagrad,
     "nash_mtl": _nash,
+    "fairgrad": _fairgrad,
     "imtl_g": _imtl_g,
+    "aligned_mtl": _aligned_mtl,
+    "config": _config,
+    "primary": _primary,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

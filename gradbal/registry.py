@@ -33,6 +33,10 @@ class Promises:
         linear_row_scaling: `A(diag(c) J)` is linear in c > 0.
         continuous: d depends continuously on J; not where a pseudo-inverse's cut-off decides.
         deterministic: two calls with the same input agree; else the generator has to be reset.
+        permutation_invariant: d does not depend on the order of the tasks; not where one of them is
+            singled out, or ties go to the first.
+        zero_rows_inactive: a task whose gradient is zero has no weight, and changes nothing.
+        min_tasks: the least number of tasks that the default hyperparameters take.
     """
 
     heads: Heads = "own"
@@ -44,6 +48,9 @@ class Promises:
     linear_row_scaling: bool = False
     continuous: bool = True
     deterministic: bool = True
+    permutation_invariant: bool = True
+    zero_rows_inactive: bool = True
+    min_tasks: int = 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def list_aggregators(filter: str = "*") -> list[str]:
     Example:
         >>> import gradbal
         >>> gradbal.list_aggregators("*grad")
-        ['cagrad', 'pcgrad', 'upgrad']
+        ['cagrad', 'fairgrad', 'pcgrad', 'upgrad']
     """
     return sorted(fnmatch.filter(_REGISTRY, filter))
 

@@ -24,6 +24,9 @@ __all__ = [
     "barrier_newton",
     "checked",
     "cosine_matrix",
+    "fair_newton",
+    "graded_eigh",
+    "least_norm_above",
     "nonnegative_qp",
     "nonnegative_qps",
     "positive_part",
@@ -124,13 +127,14 @@ def _step_to_boundary(y: Array, s: Array) -> tuple[Array, NDArray[np.bool_]]:
     return moved, keep
 
 
-def nonnegative_qp(h: Array, b: Array) -> Solution:
+def nonnegative_qp(h: Array, b: Array, size_b: float = 0.0) -> Solution:
     """`argmin_{z ≥ 0} ½ zᵀHz − bᵀz` by Lawson and Hanson's active set.
 
     Args:
         h: `[T, T]`, positive semi-definite, unit diagonal; singular is allowed if `b` is in its
             range.
         b: `[T]`.
+        size_b: of the terms that `b` was computed from, where they are larger than its entries.
 
     Returns:
         The minimiser and the largest of `max(r, 0)` and `|r_i| where z_i > 0`, `r = b − Hz`,
@@ -139,7 +143,7 @@ def nonnegative_qp(h: Array, b: Array) -> Solution:
     size = len(b)
     z = np.zeros(size)
     passive: list[int] = []
-    size_b = np.max(np.abs(b), initial=np.finfo(float).tiny)
+    size_b = max(size_b, float(np.max(np.abs(b), initial=np.finfo(float).tiny)))
     iterations = 0
     for _ in range(10 * size + 100):
         r = b - h @ z
@@ -216,6 +220,31 @@ def nonnegative_qps(h: Array, b: Array) -> Solution:
         z[i], worst = alone.x, max(worst, alone.residual)
         iterations += alone.iterations
     return Solution(z.T, worst, iterations)
+
+
+def least_norm_above(c: Array, u: Array, free: Indices | None = None) -> Solution:
+    """`argmin {vᵀCv : v ≥ u}`: the projection of `Jᵀu` on the dual cone `{x : Jx ≥ 0}` is `Jᵀv`.
+
+    Args:
+        c: `[T, T]`, the cosine matrix.
+        u: `[T]`, in units of the row norms.
+        free: the rows that make up the cone; `v_i = u_i` for the others. None is all.
+
+    Returns:
+        The minimiser and the largest violation of `(Cv)_i ≥ 0`, `(v_i − u_i)(Cv)_i = 0`, relative
+        to `Σ (v − u) + max |u|`.
+    """
+    size_u = float(np.abs(u).max(initial=0.0))
+    if size_u == 0.0:
+        return Solution(np.zeros_like(u), 0.0, 0)
+    if free is None:
+        free = np.arange(len(u))
+    b = -(c @ (u / size_u))[free]
+    # Cu may cancel: its entries are known to rounding of u's.
+    solution = nonnegative_qp(c[np.ix_(free, free)], b, 1.0)
+    v = u.copy()
+    v[free] += size_u * solution.x
+    return solution._replace(x=v)
 
 
 def simplex_qp(h: Array, c: Array, a: Array) -> Solution:
@@ -355,9 +384,141 @@ def without_ridge(c: Array, v: Array) -> Array:
     return v
 
 
+def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
+    """The `v = Nw > 0` with `n_i (Cv)_i = w_i^{−1/α}`, by damped Newton; C gets a ridge.
+
+    v minimises the strictly convex `½vᵀCv − Σ φ(v_i/n_i)` with `φ'(t) = t^{−1/α}`. Everything is
+    relative to v, from `v_i = n_i^{(1−α)/(1+α)}` on, the solution for orthogonal rows: a step is
+    `v ← v(1 + step)`. At the end come steps on the problem with no ridge, where that has a solution
+    nearby.
+
+    Args:
+        c: `[T, T]` cosine matrix.
+        n: `[T]`, the row norms.
+        alpha: in (0, 10].
+        ridge: keeps the minimiser finite where `C` is singular with a positive null vector.
+
+    Returns:
+        v, and the largest violation of the equations, each relative to the size of its terms.
+    """
+    a = 1.0 - 1.0 / alpha
+    # w is homogeneous in n, so the problem is solved with norms around one.
+    unit = math.exp(float(np.log(n).mean()))
+    log_n = np.log(n / unit)
+    h = c + ridge * np.eye(len(c))
+
+    def value(y: Array) -> float:
+        v, log_w = np.exp(y), y - log_n
+        utility = log_w if a == 0.0 else np.expm1(a * log_w) / a
+        return 0.5 * float(v @ h @ v) - float(utility.sum())
+
+    def newton(y: Array, h: Array) -> tuple[Array, Array]:
+        """Gradient in y = log v, and Newton's step relative to v."""
+        v, target = np.exp(y), np.exp(a * (y - log_n))
+        gradient = v * (h @ v) - target
+        m = v[:, None] * h * v
+        m.flat[:: len(v) + 1] += target / alpha
+        d = np.sqrt(np.diagonal(m))
+        return gradient, -np.linalg.solve(m / d[:, None] / d, gradient / d) / d
+
+    def violation(y: Array, h: Array) -> float:
+        v, target = np.exp(y), np.exp(a * (y - log_n))
+        return float(np.max(np.abs(v * (h @ v) - target) / np.maximum(v * v.sum(), target)))
+
+    y = (1.0 - alpha) / (1.0 + alpha) * log_n
+    iterations, previous = 0, np.inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(500):
+            # The best multiple of v in closed form: near a singular point v has far to go.
+            v = np.exp(y)
+            total = float(np.exp(a * (y - log_n)).sum())
+            y = y + math.log(total / float(v @ h @ v)) / (1.0 + 1.0 / alpha)
+            gradient, step = newton(y, h)
+            iterations += 1
+            size = float(np.abs(step).max())
+            # Full steps square it, until it is rounding, which does not shrink.
+            if size < 1e-13 or (size < 1e-3 and size > 0.5 * previous):
+                break
+            previous = size
+            if size > 1e-3:
+                step *= min(1.0, 0.95 / max(-float(step.min()), 0.5))
+                slope = float(gradient @ step)
+                # vᵀCv is a sum of terms that may cancel: below their rounding nothing is refused.
+                here = value(y) + 8 * _EPS * float(np.exp(y).sum()) ** 2
+                while not value(y + np.log1p(step)) <= here + 1e-4 * slope:
+                    step, slope = 0.5 * step, 0.5 * slope
+                    if np.abs(step).max() < 1e-6:
+                        break
+            y = y + np.log1p(step)
+    residual = violation(y, h)
+    for _ in range(3):
+        try:
+            step = newton(y, c)[1]
+        except np.linalg.LinAlgError:
+            break
+        # A long step says that without ridge the solution is elsewhere, or nowhere.
+        if not np.abs(step).max() < 1e-3 or violation(y + step, c) >= violation(y, c):
+            break
+        y = y + np.log1p(step)
+        residual = violation(y, c)
+    return Solution(np.exp(y) * unit ** ((1.0 - alpha) / (1.0 + alpha)), residual, iterations)
+
+
 def symmetric_pinv(c: Array, rtol: float) -> Array:
     """Pseudo-inverse of a positive semi-definite matrix; eigenvalues ≤ rtol·λ_max are dropped."""
     values, vectors = np.linalg.eigh(c)
     keep = values > rtol * values[-1]
     kept = vectors[:, keep]
     return (kept / values[keep]) @ kept.T  # type: ignore[no-any-return]
+
+
+def graded_eigh(c: Array, n: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of `NCN`, the small as accurate as the large.
+
+    LAPACK's are accurate relative to the largest eigenvalue, which at norms 1e6 apart leaves the
+    small ones four digits. Jacobi's rotations of the rows of a factor `NX`, `XXᵀ = C`, keep what C
+    has (Demmel and Veselić, "Jacobi's method is more accurate than QR", 1992). In every round the
+    rows are paired off, and all pairs are turned at once. Norms within a factor of ten are left to
+    LAPACK, which is faster.
+
+    Args:
+        c: `[T, T]`, the cosine matrix.
+        n: `[T]`, the row norms.
+
+    Returns:
+        Eigenvalues `[T]`, in no order and not negative, and eigenvectors in the columns, `[T, T]`.
+    """
+    size = len(n)
+    if n.min() > 0.1 * n.max():
+        values, vectors = np.linalg.eigh(n[:, None] * c * n)
+        return np.maximum(values, 0.0), vectors
+    values, vectors = np.linalg.eigh(c)
+    # Rows of `f` become orthogonal, those of `turned` are the rotations' product.
+    unit = float(n.max())
+    f = (n / unit)[:, None] * vectors * np.sqrt(np.maximum(values, 0.0))
+    f, turned = np.append(f, np.zeros((size % 2, size)), 0), np.eye(size + size % 2)
+    order = np.arange(len(f))
+    half = len(f) // 2
+    tolerance = 4 * size * _EPS
+    for _ in range(60):
+        largest = 0.0
+        for _ in range(len(f) - 1):
+            p, q = order[:half], order[: half - 1 : -1]
+            a, b = (f[p] ** 2).sum(1), (f[q] ** 2).sum(1)
+            product = (f[p] * f[q]).sum(1)
+            length = np.sqrt(a) * np.sqrt(b)
+            # What two rows of an exact zero have left is far below 1e-100 of the largest.
+            turn = np.abs(product) > np.maximum(tolerance * length, 1e-100)
+            largest = max(largest, float(np.max(np.abs(product[turn]) / length[turn], initial=0.0)))
+            if turn.any():
+                p, q = p[turn], q[turn]
+                zeta = (b - a)[turn] / (2.0 * product[turn])
+                t = np.where(zeta < 0, -1.0, 1.0) / (np.abs(zeta) + np.hypot(1.0, zeta))
+                cosine = (1.0 / np.hypot(1.0, t))[:, None]
+                sine = t[:, None] * cosine
+                for m in (f, turned):
+                    m[p], m[q] = cosine * m[p] - sine * m[q], sine * m[p] + cosine * m[q]
+            order[1:] = np.roll(order[1:], 1)
+        if largest == 0.0:
+            break
+    return unit**2 * (f[:size] ** 2).sum(1), turned[:size, :size].T

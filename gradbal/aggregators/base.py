@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,12 +26,14 @@ __all__ = [
     "ClosureAggregator",
     "GramianAggregator",
     "JacobianAggregator",
+    "PreferenceMixin",
     "RandomMixin",
     "Scalarizer",
     "as_weights",
     "in_range",
     "one_of",
     "preference",
+    "relative_cutoff",
     "solve_active",
     "symmetric_float64",
 ]
@@ -83,6 +85,16 @@ def solve_active(
     w = np.zeros(len(g))
     w[active] = solve(c, n, active)
     return as_weights(w, gramian)
+
+
+def relative_cutoff(gramian: Tensor) -> float:
+    """The part of the largest eigenvalue up to which one counts as zero.
+
+    1e-12, and `10·T·eps` for a Gramian whose products are not in float64.
+    """
+    if gramian.dtype == torch.float64:
+        return 1e-12
+    return 10 * len(gramian) * torch.finfo(gramian.dtype).eps
 
 
 def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Array:
@@ -257,6 +269,36 @@ class RandomMixin:
     def reset(self) -> None:
         """The generator goes back to where it was when the aggregator was made."""
         self.generator.set_state(self._first_state)
+
+
+class PreferenceMixin:
+    """For methods with `pref`, a non-negative weight for each task, that goes with its task."""
+
+    per_task_state: ClassVar[bool] = True
+    pref: list[float] | None
+
+    def _prefer(self, pref: Sequence[float] | None) -> None:
+        """Keeps `pref` as plain data, checked but for its length."""
+        self.pref = None if pref is None else preference("pref", pref, None, 0.0).tolist()
+
+    def prepare(self, n_tasks: int, like: Tensor) -> None:
+        """Checks that `pref` has T entries.
+
+        Raises:
+            ValueError: it has not.
+        """
+        preference("pref", self.pref, n_tasks, 0.0)
+
+    def preferences(self, n_tasks: int, tasks: Sequence[int] | None, default: float) -> Array:
+        """`p [k]` of the k tasks that take part, all T of them when `tasks` is None.
+
+        Raises:
+            ValueError: `pref` does not have one entry for each task.
+        """
+        pref = self.pref
+        if pref is not None and tasks is not None:
+            pref = [pref[i] for i in tasks]
+        return preference("pref", pref, n_tasks, default)
 
 
 class Scalarizer(Aggregator):

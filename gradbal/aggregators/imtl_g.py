@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, one_of, solve_active
+from gradbal.aggregators.base import GramianAggregator, one_of, relative_cutoff, solve_active
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, symmetric_pinv
 
@@ -66,8 +65,7 @@ def imtl_g(gramian: Tensor, *, guard: bool = True) -> Tensor:
         `w [T]`, dtype and device of the Gramian; zero for zero rows.
     """
     size = len(gramian)
-    wide = gramian.dtype == torch.float64
-    rtol = 1e-12 if wide else 10 * size * torch.finfo(gramian.dtype).eps
+    rtol = relative_cutoff(gramian)
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
         y = symmetric_pinv(c, rtol).sum(1)

@@ -87,16 +87,19 @@ class NashMTL(GramianAggregator):
         return w * scale
 
     def head_weights(self, weights: Tensor, gramian: Tensor) -> Tensor:
-        """`min(w_i, max_weight/|g_i|)`, `[T]`, w not scaled to `max_norm`."""
+        """`w [T]`, not scaled to `max_norm`, up to the bound that `max_weight` sets."""
         norms = torch.diagonal(gramian).sqrt()
         if self._last is not None and self._last[0] is gramian:
             w = self._last[1]
         else:
             w = self._bargain(gramian)
-        return torch.minimum(w, torch.where(norms > 0, self.max_weight / norms, w))
+        return torch.minimum(w, torch.where(norms > 0, self._largest(norms), w))
 
     def _bargain(self, gramian: Tensor) -> Tensor:
         return nash_mtl(gramian, ridge=self.ridge)
+
+    def _largest(self, norms: Tensor) -> Tensor:
+        return self.max_weight / norms
 
 
 def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Generator, Tensor
 from gradbal.aggregators.base import RandomMixin, Scalarizer, one_of
 from gradbal.registry import Promises, register
 
-__all__ = ["RLW", "rlw"]
+__all__ = ["DISTRIBUTIONS", "RLW", "rlw"]
 
-_DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli")
+DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli")
 
 
 @register(
@@ -50,7 +50,7 @@ class RLW(RandomMixin, Scalarizer):
     state_names = ("generator",)
 
     def __init__(self, distribution: str = "normal", generator: Generator | None = None) -> None:
-        one_of("distribution", distribution, _DISTRIBUTIONS)
+        one_of("distribution", distribution, DISTRIBUTIONS)
         self.distribution = distribution
         self._own(generator)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, preference, solve_active
+from gradbal.aggregators.base import GramianAggregator, PreferenceMixin, solve_active
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, nonnegative_qps
 
@@ -28,7 +28,7 @@ __all__ = ["UPGrad", "upgrad"]
         linear_row_scaling=True,
     ),
 )
-class UPGrad(GramianAggregator):
+class UPGrad(PreferenceMixin, GramianAggregator):
     """Projects each gradient on the dual cone of all of them, and averages.
 
     Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024,
@@ -54,20 +54,8 @@ class UPGrad(GramianAggregator):
         tensor([0.2500, 0.7500])
     """
 
-    per_task_state = True
-
     def __init__(self, pref: Sequence[float] | None = None) -> None:
-        if pref is not None:
-            pref = preference("pref", pref, None, 0.0).tolist()
-        self.pref = pref
-
-    def prepare(self, n_tasks: int, like: Tensor) -> None:
-        """Checks that `pref` has T entries.
-
-        Raises:
-            ValueError: it has not.
-        """
-        preference("pref", self.pref, n_tasks, 0.0)
+        self._prefer(pref)
 
     def weights(
         self,
@@ -82,10 +70,7 @@ class UPGrad(GramianAggregator):
             losses: not used.
             tasks: indices of the tasks that take part; None for all.
         """
-        pref = self.pref
-        if pref is not None and tasks is not None:
-            pref = [pref[i] for i in tasks]
-        p = preference("pref", pref, len(gramian), 1.0 / len(gramian))
+        p = self.preferences(len(gramian), tasks, 1.0 / len(gramian))
         return upgrad(gramian, p)
 
 

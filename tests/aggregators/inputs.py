@@ -188,3 +188,10 @@ _MAKE = {
     "zero_row": _zero_row,
     "conflict_under_imbalance": _conflict_under_imbalance,
 }
+
+
+def random_rows(n_tasks: int, width: int, seed: int, spread: float = 1.0) -> np.ndarray:
+    """Gaussian rows that lean to one side, with log-uniform scales; `[T, P]`."""
+    rng = np.random.default_rng(seed)
+    j = rng.standard_normal((n_tasks, width)) + 0.3
+    return j * spread ** rng.uniform(-0.5, 0.5, (n_tasks, 1))

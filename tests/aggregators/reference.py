@@ -42,6 +42,18 @@ def bargain(j: np.ndarray) -> np.ndarray:
     return d.value
 
 
+def fair(j: np.ndarray, alpha: float) -> np.ndarray:
+    """The d that minimises `½|d|² − Σ u(⟨d, g_i⟩)`, `u'(t) = t^{−α}`, `[P]`."""
+    d = cvxpy.Variable(j.shape[1])
+    gains = j @ d
+    if alpha == 1:
+        utility = cvxpy.sum(cvxpy.log(gains))
+    else:
+        utility = cvxpy.sum(cvxpy.power(gains, 1 - alpha, approx=False)) / (1 - alpha)
+    _solve(cvxpy.Problem(cvxpy.Minimize(0.5 * cvxpy.sum_squares(d) - utility)))
+    return d.value
+
+
 def _solve(problem: cvxpy.Problem) -> None:
     problem.solve(
         solver=cvxpy.CLARABEL,

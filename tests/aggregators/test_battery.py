@@ -67,12 +67,15 @@ def test_no_task_is_conflicted_with(name, case):
     if size > 1e4 * d.norm():
         # There a ridge r bounds the weights by √(T/r) and leaves conflicts up to √(T r).
         rounding += (len(j) * getattr(aggregator, "ridge", 0.0)) ** 0.5
-    assert (j @ d >= -n * (1e-7 * d.norm() + rounding)).all()
+    counts = n > 1e-12 * n.max()  # the others are taken as zero
+    assert (j @ d >= -n * (1e-7 * d.norm() + rounding))[counts].all()
 
 
-@promising("deterministic")
+@promising("permutation_invariant")
 @given(case=cases(), seed=st.integers(0, 1000))
 def test_permuting_the_tasks_changes_nothing(name, case, seed):
+    if not gradbal.info(name).promises.deterministic:
+        return
     if case.family not in smooth(name):
         case = Case("normal", case.n_tasks, case.width, case.seed)
     j = case.jacobian()

@@ -13,6 +13,7 @@ from gradbal.aggregators.mgda import mgda
 from gradbal.aggregators.nash_mtl import nash_mtl
 from gradbal.aggregators.pcgrad import pcgrad
 from gradbal.aggregators.upgrad import upgrad
+from tests.aggregators.inputs import random_rows
 from tests.aggregators.reference import (
     bargain,
     best_worst_gain,
@@ -24,12 +25,6 @@ SIZES = [(2, 3), (3, 20), (5, 8), (5, 3), (10, 40)]
 
 sizes = pytest.mark.parametrize(("n_tasks", "width"), SIZES)
 seeds = pytest.mark.parametrize("seed", range(3))
-
-
-def random_rows(n_tasks, width, seed, spread=1.0):
-    rng = np.random.default_rng(seed)
-    j = rng.standard_normal((n_tasks, width)) + 0.3
-    return j * spread ** rng.uniform(-0.5, 0.5, (n_tasks, 1))
 
 
 def gramian(j):

@@ -1,0 +1,94 @@
+"""Constant weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradbal.aggregators.base import Scalarizer
+from gradbal.registry import Promises, register
+from gradbal.solvers import Array
+
+__all__ = ["Constant", "constant"]
+
+
+@register(
+    "constant",
+    title="Linear scalarisation with given weights",
+    venue="folklore",
+    promises=Promises(
+        heads="weighted",
+        degree=1,
+        gain=lambda a, t, n: float(t) if a.w is None else float(sum(a.w)),
+        linear_row_scaling=True,
+    ),
+)
+class Constant(Scalarizer):
+    """Weighted sum of the losses with weights that the user gives.
+
+    `Σ w_i ℓ_i`. The weights may have any sign and any sum; they are used as they are.
+
+    Args:
+        w: one finite number for each task; None is ones, which is `sum`.
+
+    Raises:
+        ValueError: a weight is not finite, or there is not one for each task.
+
+    Example:
+        >>> import torch
+        >>> Constant([1.0, -0.5]).direction(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+        tensor([ 2., -2.])
+    """
+
+    linear = True
+    per_task_state = True
+
+    def __init__(self, w: Sequence[float] | None = None) -> None:
+        self.w = None if w is None else _checked(w).tolist()
+
+    def prepare(self, n_tasks: int, like: Tensor) -> None:
+        """Checks that there are T weights.
+
+        Raises:
+            ValueError: there are not.
+        """
+        if self.w is not None and len(self.w) != n_tasks:
+            raise ValueError(
+                f"`w` must have one entry for each of {n_tasks} tasks, found {len(self.w)}"
+            )
+
+    def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """`Σ w_i ℓ_i` from losses `[T]`.
+
+        Args:
+            losses: `[T]`, or `[k]` when `tasks` names the k tasks that take part.
+            tasks: indices of the tasks that take part; None for all.
+
+        Raises:
+            ValueError: there is not one weight for each task.
+        """
+        if self.w is None:
+            return losses.sum()
+        if tasks is None:
+            self.prepare(len(losses), losses)
+            tasks = range(len(losses))
+        return constant(losses, [self.w[i] for i in tasks])
+
+
+def constant(losses: Tensor, w: Sequence[float]) -> Tensor:
+    """`Σ w_i ℓ_i` from losses `[T]` and as many weights: 0-dim."""
+    return (torch.tensor(w, dtype=losses.dtype, device=losses.device) * losses).sum()
+
+
+def _checked(w: Any) -> Array:
+    try:
+        found = np.asarray(w, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
+        raise ValueError(f"`w` must be a sequence of finite numbers, found {w!r}")
+    return found
