@@ -61,14 +61,15 @@ def list_command() -> None:
     import gradbal
     from benchmarks.catalog import BENCHMARKS
 
+    width = max(map(len, [*BENCHMARKS, *gradbal.list_aggregators()])) + 2
     typer.echo("Benchmarks:")
     for benchmark in BENCHMARKS.values():
-        typer.echo(f"  {benchmark.name:<14}{benchmark.summary}")
+        typer.echo(f"  {benchmark.name:<{width}}{benchmark.summary}")
     typer.echo("Methods:")
     for name in gradbal.list_aggregators():
         entry = gradbal.info(name)
         source = f" ({entry.venue} {entry.year})" if entry.year else ""
-        typer.echo(f"  {name:<14}{entry.summary}{source}")
+        typer.echo(f"  {name:<{width}}{entry.summary}{source}")
 
 
 @app.command(cls=ManyValues)

