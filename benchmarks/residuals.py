@@ -221,7 +221,7 @@ def _uw(name: str, jacobian: Tensor) -> float:
     method.prepare(n_tasks, jacobian)
     s = torch.linspace(-3, 3, n_tasks, dtype=torch.float64)
     method.parameters()[0].data = s.clone()
-    w = method.weights(torch.ones(n_tasks, dtype=torch.float64))  # type: ignore[attr-defined]
+    w = method.loss_weights(torch.ones(n_tasks, dtype=torch.float64))  # type: ignore[attr-defined]
     return float((w / (0.5 * torch.exp(-s)) - 1).abs().max())
 
 

@@ -55,7 +55,7 @@ def expected(
     w = torch.ones(len(rows), dtype=torch.float64)
     if (heads or gradbal.info(aggregator.name).promises.heads) == "weighted":
         if isinstance(again, gradbal.Scalarizer):
-            w = again.weights(losses)
+            w = again.loss_weights(losses)
         else:
             g = j @ j.T
             w = again.head_weights(again.weights(g, losses), g)

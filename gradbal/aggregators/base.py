@@ -320,7 +320,7 @@ class Scalarizer(Aggregator):
             0-dim, differentiable in the losses and in `parameters()`.
         """
 
-    def weights(self, losses: Tensor) -> Tensor:
+    def loss_weights(self, losses: Tensor) -> Tensor:
         """`w [T]`, the derivative of the objective by each loss."""
         leaf = losses.detach().requires_grad_()
         with torch.enable_grad():
@@ -331,7 +331,7 @@ class Scalarizer(Aggregator):
         """`d = Jᵀw [P]`, for comparison with the other kinds; `losses` default to ones."""
         if losses is None:
             losses = torch.ones(len(jacobian), dtype=torch.float64, device=jacobian.device)
-        return combine(self.weights(losses), jacobian)
+        return combine(self.loss_weights(losses), jacobian)
 
 
 class GramianAggregator(Aggregator):

@@ -23,7 +23,7 @@ __all__ = ["Constant", "constant"]
     promises=Promises(
         heads="weighted",
         degree=1,
-        gain=lambda a, t, n: float(t) if a.w is None else float(sum(a.w)),
+        gain=lambda a, t, n: float(t) if a.weights is None else float(sum(a.weights)),
         linear_row_scaling=True,
     ),
 )
@@ -33,7 +33,7 @@ class Constant(Scalarizer):
     `Σ w_i ℓ_i`. The weights may have any sign and any sum; they are used as they are.
 
     Args:
-        w: one finite number for each task; None is ones, which is `sum`.
+        weights: one finite number for each task; None is ones, which is `sum`.
 
     Raises:
         ValueError: a weight is not finite, or there is not one for each task.
@@ -47,8 +47,8 @@ class Constant(Scalarizer):
     linear = True
     per_task_state = True
 
-    def __init__(self, w: Sequence[float] | None = None) -> None:
-        self.w = None if w is None else _checked(w).tolist()
+    def __init__(self, weights: Sequence[float] | None = None) -> None:
+        self.weights = None if weights is None else _checked(weights).tolist()
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
         """Checks that there are T weights.
@@ -56,9 +56,10 @@ class Constant(Scalarizer):
         Raises:
             ValueError: there are not.
         """
-        if self.w is not None and len(self.w) != n_tasks:
+        if self.weights is not None and len(self.weights) != n_tasks:
             raise ValueError(
-                f"`w` must have one entry for each of {n_tasks} tasks, found {len(self.w)}"
+                f"`weights` must have one entry for each of {n_tasks} tasks, "
+                f"found {len(self.weights)}"
             )
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
@@ -71,12 +72,12 @@ class Constant(Scalarizer):
         Raises:
             ValueError: there is not one weight for each task.
         """
-        if self.w is None:
+        if self.weights is None:
             return losses.sum()
         if tasks is None:
             self.prepare(len(losses), losses)
             tasks = range(len(losses))
-        return constant(losses, [self.w[i] for i in tasks])
+        return constant(losses, [self.weights[i] for i in tasks])
 
 
 def constant(losses: Tensor, w: Sequence[float]) -> Tensor:
@@ -90,5 +91,5 @@ def _checked(w: Any) -> Array:
     except (TypeError, ValueError):
         found = np.zeros(0)
     if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
-        raise ValueError(f"`w` must be a sequence of finite numbers, found {w!r}")
+        raise ValueError(f"`weights` must be a sequence of finite numbers, found {w!r}")
     return found

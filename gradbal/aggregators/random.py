@@ -23,7 +23,7 @@ class Random(RLW):
 
     Example:
         >>> import torch
-        >>> w = Random().weights(torch.tensor([3.0, 5.0]))
+        >>> w = Random().loss_weights(torch.tensor([3.0, 5.0]))
         >>> bool((w >= 0).all() and torch.isclose(w.sum(), torch.tensor(1.0)))
         True
     """

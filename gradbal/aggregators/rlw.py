@@ -41,7 +41,7 @@ class RLW(RandomMixin, Scalarizer):
 
     Example:
         >>> import torch
-        >>> w = RLW().weights(torch.tensor([3.0, 5.0]))
+        >>> w = RLW().loss_weights(torch.tensor([3.0, 5.0]))
         >>> bool((w >= 0).all() and torch.isclose(w.sum(), torch.tensor(1.0)))
         True
     """

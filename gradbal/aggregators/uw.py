@@ -55,7 +55,7 @@ class UW(Scalarizer):
 
     Example:
         >>> import torch
-        >>> UW().weights(torch.tensor([1.0, 5.0]))
+        >>> UW().loss_weights(torch.tensor([1.0, 5.0]))
         tensor([0.5000, 0.5000])
     """
 

@@ -64,7 +64,7 @@ def weights_of(aggregator: Aggregator, jacobian: Tensor) -> Tensor | None:
         wide = jacobian.double()
         return aggregator.weights(wide @ wide.T)
     if aggregator.category == "scalarizer":
-        return aggregator.weights(torch.ones(len(jacobian), dtype=torch.float64))
+        return aggregator.loss_weights(torch.ones(len(jacobian), dtype=torch.float64))
     return None
 
 
