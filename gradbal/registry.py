@@ -20,7 +20,7 @@ Heads = Literal["own", "weighted"]
 
 @dataclass(frozen=True)
 class Promises:
-    """What a method guarantees at its default hyperparameters; the test battery checks exactly this.
+    """What a method guarantees with its defaults; the test battery checks exactly this.
 
     Attributes:
         heads: what task-specific parameters get by default, their own gradient or the weighted one.
