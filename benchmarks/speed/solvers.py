@@ -59,6 +59,7 @@ def _theirs(method: str, n_tasks: int) -> Direction:
     arguments: dict[str, dict[str, Any]] = {
         "nash_mtl": {"n_tasks": n_tasks},
         "cagrad": {"c": 0.5},
+        "fairgrad": {"alpha": 1.0},
         "krum": {"n_byzantine": 0},
         "trimmed_mean": {"trim_number": 1},
     }
