@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +217,7 @@ class Balancer:
         head_weights = w.clone()
         if isinstance(aggregator, GramianAggregator):
             g = host.gramian if everyone else host.gramian[present][:, present]
-            found = self._gramian_weights(g, values, present).double()
+            found = aggregator.weights(g, values, **self._taking_part(present)).double()
             found_heads = aggregator.head_weights(found, g)
             w[present] = found
             if found_heads is found:
@@ -226,22 +225,21 @@ class Balancer:
             else:
                 head_weights[present] = found_heads.double()
         else:
-            w[present] = self._scalarizer_weights(values, present).double()
+            assert isinstance(aggregator, Scalarizer)
+            found = aggregator.loss_weights(values, **self._taking_part(present))
+            w[present] = found.double()
             head_weights = w
         if everyone:
             return combine(w, jacobian), w, head_weights
         # The row of a task that sits out may hold NaN, which no weight takes away.
         return combine(w[present], jacobian[present]), w, head_weights
 
-    def _gramian_weights(self, g: Tensor, values: Tensor, present: list[int]) -> Tensor:
-        aggregator = self.aggregator
-        assert isinstance(aggregator, GramianAggregator)
-        if aggregator.per_task_state and self._some_absent(present):
-            return aggregator.weights(g, values, tasks=present)  # type: ignore[call-arg]
-        return aggregator.weights(g, values)
-
-    def _some_absent(self, present: list[int]) -> bool:
-        return self.tasks is not None and len(present) < len(self.tasks)
+    def _taking_part(self, present: list[int]) -> dict[str, Any]:
+        """The keyword for a method that has to know which tasks take part, when not all do."""
+        assert self.tasks is not None
+        if self.aggregator.per_task_state and len(present) < len(self.tasks):
+            return {"tasks": present}
+        return {}
 
     # One pass of Σ w_i ℓ_i, for scalarizers and for weights that are used again.
 
@@ -285,7 +283,8 @@ class Balancer:
         if refreshes:
             w = torch.zeros_like(values)
             part = values if len(present) == len(values) else values[present]
-            w[present] = self._scalarizer_weights(part, present).to(w)
+            assert isinstance(self.aggregator, Scalarizer)
+            w[present] = self.aggregator.loss_weights(part, **self._taking_part(present)).to(w)
             return w, w
         assert self.weights is not None
         return self.weights, self.weights if self.head_weights is None else self.head_weights
@@ -300,29 +299,15 @@ class Balancer:
         trunk = [p for k, p in enumerate(parameters) if k in shared]
         return trunk, [p for k, p in enumerate(parameters) if k not in shared]
 
-    def _scalarizer_weights(self, values: Tensor, present: list[int]) -> Tensor:
-        """`∂S/∂ℓ [k]` of the scalarizer at the values of the k tasks that take part."""
-        leaf = values.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            (w,) = torch.autograd.grad(self._scalarize(leaf, present), leaf)
-        return w
-
-    def _scalarize(self, values: Tensor, present: list[int]) -> Tensor:
-        aggregator = self.aggregator
-        assert isinstance(aggregator, Scalarizer)
-        if aggregator.per_task_state and self._some_absent(present):
-            return aggregator.scalarize(values, tasks=present)  # type: ignore[call-arg]
-        return aggregator.scalarize(values)
-
-    def _train_own_weights(
-        self, values: Tensor, present: Sequence[int], scale: Tensor | None
-    ) -> None:
+    def _train_own_weights(self, values: Tensor, present: list[int], scale: Tensor | None) -> None:
         """Puts the gradient of a scalarizer's learnable weights into their `.grad`."""
         own = self.aggregator.parameters()
         if not own:
             return
+        assert isinstance(self.aggregator, Scalarizer)
+        part = values.detach()[present]
         with torch.enable_grad():
-            total = self._scalarize(values.detach()[list(present)], list(present))
+            total = self.aggregator.scalarize(part, **self._taking_part(present))
             grads = torch.autograd.grad(total, own)
         if scale is not None:
             grads = tuple(g * scale.to(g) for g in grads)

@@ -80,20 +80,8 @@ class AlignedMTL(PreferenceMixin, GramianAggregator):
         self.rtol = rtol
         self._prefer(pref)
 
-    def weights(
-        self,
-        gramian: Tensor,
-        losses: Tensor | None = None,
-        tasks: Sequence[int] | None = None,
-    ) -> Tensor:
-        """`w [T]` from the Gramian `[T, T]`.
-
-        Args:
-            gramian: `[T, T]`, or `[k, k]` when `tasks` names the k tasks that take part.
-            losses: not used.
-            tasks: indices of the tasks that take part; None for all.
-        """
-        pref = self.preferences(len(gramian), tasks, 1.0 / len(gramian))
+    def combination(self, gramian: Tensor, pref: Array) -> Tensor:
+        """`w [T]` from the Gramian `[T, T]` and `p [T]`."""
         return aligned_mtl(gramian, pref, scale=self.scale, rtol=self.rtol)
 
 

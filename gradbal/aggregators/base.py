@@ -289,8 +289,22 @@ class PreferenceMixin:
         """
         preference("pref", self.pref, n_tasks, 0.0)
 
-    def preferences(self, n_tasks: int, tasks: Sequence[int] | None, default: float) -> Array:
-        """`p [k]` of the k tasks that take part, all T of them when `tasks` is None.
+    @abstractmethod
+    def combination(self, gramian: Tensor, pref: Array) -> Tensor:
+        """`w [T]` from the Gramian `[T, T]` and the preferences `p [T]`."""
+
+    def weights(
+        self,
+        gramian: Tensor,
+        losses: Tensor | None = None,
+        tasks: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`w [T]` from the Gramian `[T, T]`, with preferences of 1/T where none were given.
+
+        Args:
+            gramian: `[T, T]`, or `[k, k]` when `tasks` names the k tasks that take part.
+            losses: not used.
+            tasks: indices of the tasks that take part; None for all.
 
         Raises:
             ValueError: `pref` does not have one entry for each task.
@@ -298,7 +312,8 @@ class PreferenceMixin:
         pref = self.pref
         if pref is not None and tasks is not None:
             pref = [pref[i] for i in tasks]
-        return preference("pref", pref, n_tasks, default)
+        n_tasks = len(gramian)
+        return self.combination(gramian, preference("pref", pref, n_tasks, 1.0 / n_tasks))
 
 
 class Scalarizer(Aggregator):
@@ -320,11 +335,16 @@ class Scalarizer(Aggregator):
             0-dim, differentiable in the losses and in `parameters()`.
         """
 
-    def loss_weights(self, losses: Tensor) -> Tensor:
-        """`w [T]`, the derivative of the objective by each loss."""
-        leaf = losses.detach().requires_grad_()
+    def loss_weights(self, losses: Tensor, **taking_part: Any) -> Tensor:
+        """`w [T]`, the derivative of the objective by each loss.
+
+        Args:
+            losses: `[T]`.
+            **taking_part: goes to `scalarize`; `tasks`, where the method takes it.
+        """
+        leaf = losses.detach().clone().requires_grad_()
         with torch.enable_grad():
-            (w,) = torch.autograd.grad(self.scalarize(leaf), leaf)
+            (w,) = torch.autograd.grad(self.scalarize(leaf, **taking_part), leaf)
         return w
 
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:

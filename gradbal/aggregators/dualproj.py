@@ -57,20 +57,9 @@ class DualProj(PreferenceMixin, GramianAggregator):
     def __init__(self, pref: Sequence[float] | None = None) -> None:
         self._prefer(pref)
 
-    def weights(
-        self,
-        gramian: Tensor,
-        losses: Tensor | None = None,
-        tasks: Sequence[int] | None = None,
-    ) -> Tensor:
-        """`w [T]`, `w ≥ p`, from the Gramian `[T, T]`.
-
-        Args:
-            gramian: `[T, T]`, or `[k, k]` when `tasks` names the k tasks that take part.
-            losses: not used.
-            tasks: indices of the tasks that take part; None for all.
-        """
-        return dualproj(gramian, self.preferences(len(gramian), tasks, 1.0 / len(gramian)))
+    def combination(self, gramian: Tensor, pref: Array) -> Tensor:
+        """`w [T]`, `w ≥ p`, from the Gramian `[T, T]` and `p [T]`."""
+        return dualproj(gramian, pref)
 
 
 def dualproj(gramian: Tensor, pref: Array) -> Tensor:

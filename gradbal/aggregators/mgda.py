@@ -13,7 +13,7 @@ from gradbal.aggregators.base import (
     symmetric_float64,
 )
 from gradbal.registry import Promises, register
-from gradbal.solvers import ZERO_ROW, Array, Indices, checked, cosine_matrix, simplex_qp
+from gradbal.solvers import ZERO_ROW, Array, Indices, checked, simplex_qp
 
 __all__ = ["MGDA", "mgda"]
 
@@ -111,12 +111,10 @@ def mgda(
     """
     g = symmetric_float64(gramian)
     size = len(g)
-    # However small a row is, the answer hangs on it: only ignoring it needs a threshold.
-    zero = ZERO_ROW if ignore_zero_rows else 0.0
-    inactive = np.setdiff1d(np.arange(size), cosine_matrix(g, zero)[2])
-    if len(inactive) and not ignore_zero_rows:
+    zero_rows = np.flatnonzero(np.diagonal(g) <= 0.0)
+    if len(zero_rows) and not ignore_zero_rows:
         w = np.zeros(size)
-        w[inactive] = 1.0 / len(inactive)
+        w[zero_rows] = 1.0 / len(zero_rows)
         return as_weights(w, gramian)
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
@@ -129,4 +127,6 @@ def mgda(
         w = a * y
         return np.asarray(w / w.sum())
 
+    # However small a row is, the answer hangs on it: only ignoring it needs a threshold.
+    zero = ZERO_ROW if ignore_zero_rows else 0.0
     return solve_active(gramian, 1.0 / size, solve, zero)
