@@ -5,6 +5,7 @@ import gradbal.registry as registry
 from gradbal.aggregators.base import (
     Aggregator,
     ClosureAggregator,
+    DoubleSamplingAggregator,
     GramianAggregator,
     JacobianAggregator,
     Scalarizer,
@@ -15,6 +16,7 @@ from gradbal.registry import Info, Promises, create, info, list_aggregators, reg
 __all__ = [
     "Aggregator",
     "ClosureAggregator",
+    "DoubleSamplingAggregator",
     "GramianAggregator",
     "Info",
     "JacobianAggregator",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradbal._losses import Losses, Names
 from gradbal._nonfinite import HostValues, NonFiniteError
+from gradbal._representation import Representation
 from gradbal.aggregators.base import (
     Aggregator,
+    DoubleSamplingAggregator,
     GramianAggregator,
     JacobianAggregator,
     Scalarizer,
@@ -19,6 +22,7 @@ from gradbal.aggregators.base import (
 from gradbal.jacobian import (
     Rows,
     combine,
+    cross_gramian,
     gramian,
     reached_parameters,
     shared_indices,
@@ -35,7 +39,8 @@ class BackwardCall:
     batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
     sit this step out. accumulate: only gather, and aggregate at the next call without it. scale:
     0-dim loss scale, or None; with it an overflow is delivered as inf. retain_graph: keep the
-    losses' graph.
+    losses' graph. features: the representation at which the Jacobian is taken, or None.
+    independent: losses of further, independent batches.
     """
 
     batch: Losses
@@ -44,6 +49,18 @@ class BackwardCall:
     accumulate: bool
     scale: Tensor | None
     retain_graph: bool
+    features: Tensor | None = None
+    independent: tuple[Losses, ...] = ()
+
+
+class _Examined(NamedTuple):
+    """gramian: `[T, T]`, zero for tasks that sit out. host: what came to the host. present, absent:
+    who takes part and who does not."""
+
+    gramian: Tensor
+    host: HostValues
+    present: list[int]
+    absent: frozenset[int]
 
 
 @dataclass
@@ -80,6 +97,7 @@ class Balancer:
         update_every: int,
         loss_transform: str | None,
         nonfinite: str,
+        match_sum: bool,
     ) -> None:
         self.aggregator = aggregator
         self.heads = heads
@@ -87,6 +105,7 @@ class Balancer:
         self.update_every = update_every
         self.loss_transform = loss_transform
         self.nonfinite = nonfinite
+        self.match_sum = match_sum
         self.rows = Rows(shared_params)
         self.tasks: Names | None = None
         self.weights: Tensor | None = None
@@ -97,6 +116,8 @@ class Balancer:
         self.n_dropped: dict[str | int, int] = {}
         self._pending: _Pending | None = None
         self._graph_seen = False
+        # The shared parameters by index, where a method has state for each of them.
+        self._columns: list[int] | None = None
 
     def backward(self, call: BackwardCall) -> bool:
         """Puts the balanced gradients into `.grad` of the parameters.
@@ -108,9 +129,8 @@ class Balancer:
             NonFiniteError: a gradient is not finite, under `nonfinite="raise"`.
         """
         before, self.tasks = self.tasks, call.batch.names
-        step = self._rows_step if self._needs_jacobian(call.accumulate) else self._single_step
         try:
-            return step(call)
+            return self._step_for(call)(call)
         except BaseException:
             self.give_up_pending()
             self.tasks = before
@@ -129,6 +149,7 @@ class Balancer:
             "head_weights": _copy(self.head_weights),
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
+            "columns": None if self._columns is None else list(self._columns),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +160,21 @@ class Balancer:
         self.gramian = self.losses = None
         self.n_steps = state["steps"]
         self.n_dropped = dict(state["dropped"])
+        self._columns = None if state["columns"] is None else list(state["columns"])
         self.give_up_pending()
+
+    def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
+        aggregator = self.aggregator
+        if not self._needs_jacobian(call.accumulate):
+            return self._single_step
+        if call.features is not None:
+            return self._features_step
+        if call.independent:
+            return self._independent_step
+        gathers = call.accumulate or self.rows.pending
+        if isinstance(aggregator, GramianAggregator) and not gathers:
+            return self._rows_step if aggregator.probed_parameters() is None else self._probe_step
+        return self._rows_step
 
     def _needs_jacobian(self, accumulate: bool) -> bool:
         if self.rows.pending:
@@ -156,49 +191,100 @@ class Balancer:
     # T passes, then the aggregator on the Jacobian.
 
     def _rows_step(self, call: BackwardCall) -> bool:
-        batch, absent, scale = call.batch, call.absent, call.scale
+        batch, scale, rows = call.batch, call.scale, self.rows
         values, factors = self._transformed(batch)
         roots = batch.roots(factors if scale is None else factors * scale.to(factors))
-        self.rows.take(roots, call.parameters, sit_out=absent, retain_graph=call.retain_graph)
-        pending = self._gather(batch, values, absent)
+        n_tasks = len(roots)
+        in_turn = None
+        if isinstance(self.aggregator, JacobianAggregator):
+            in_turn = self.aggregator.tasks_in_turn(n_tasks)
+        waiting = frozenset(range(n_tasks)).difference(
+            range(n_tasks) if in_turn is None else in_turn
+        )
+        sit_out = call.absent | waiting
+        rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
+        pending = self._gather(batch, values, call.absent)
         if call.accumulate:
-            self.rows.pending = True
+            rows.pending = True
             return True
-        g, host = self._to_host(pending.values, scale)
+        self._check_columns()
+        found = self._examine(*self._to_host(rows, pending.values, scale), rows, pending, scale)
+        if isinstance(found, bool):
+            return found
+        present = [i for i in found.present if i not in waiting]
+        if not present:
+            return False
+        direction, w, head_weights = self._aggregate(found.host, present, scale)
+        rows.deliver(direction, self._head_factors(head_weights, present))
+        self._train_own_weights(pending.values, present, scale)
+        self._finish(w, head_weights, found.gramian, found.absent)
+        return True
+
+    def _to_host(
+        self, rows: Rows, values: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, HostValues]:
+        """G `[T, T]` (`[K, T, T]` for K column groups) without the scale; what the host has."""
+        jacobian, extremes, widths = rows.jacobian, rows.head_extremes(), None
+        if isinstance(self.aggregator, GramianAggregator) and rows is self.rows:
+            widths = self.aggregator.column_groups(rows.shapes)
+            probed = self.aggregator.probed_parameters()
+            if probed is not None:
+                jacobian = rows.columns(probed)
+        parts = [jacobian] if widths is None else list(torch.split(jacobian, widths, 1))
+
+        def grams(exact: bool) -> Tensor:
+            found = [_unscaled(gramian(part, exact=exact), scale) for part in parts]
+            return found[0] if widths is None else torch.stack(found)
+
+        g = grams(False)
+        host = HostValues(g, values, extremes)
+        on_host = host.gramian.view(-1, len(jacobian), len(jacobian))
+        if any(wants_exact(g, part) for g, part in zip(on_host, parts, strict=True)):
+            g = grams(True)
+            host = HostValues(g, values, extremes)
+        return g, host
+
+    def _examine(
+        self,
+        g: Tensor,
+        host: HostValues,
+        rows: Rows,
+        pending: _Pending,
+        scale: Tensor | None,
+    ) -> _Examined | bool:
+        """Who takes part; or what `backward` returns, where an overflow was delivered or the step
+        is left out."""
+        assert self.tasks is not None
         bad = [i for i in host.bad if i not in pending.absent]
         if bad and scale is not None:
             # GradScaler finds these, skips the step and lowers its scale.
-            overflow = torch.full_like(self.rows.jacobian[0], float("inf"))
-            self.rows.deliver(overflow, [1.0] * len(batch.names))
+            overflow = torch.full_like(rows.jacobian[0], float("inf"))
+            rows.deliver(overflow, [1.0] * len(self.tasks))
             self.give_up_pending()
             return True
         if bad and self.nonfinite == "raise":
-            raise NonFiniteError("losses and gradients", [batch.names[i] for i in bad])
+            raise NonFiniteError("losses and gradients", [self.tasks[i] for i in bad])
         absent = pending.absent | frozenset(bad)
-        if bad and (self.nonfinite == "skip" or len(absent) == len(batch.names)):
+        if bad and (self.nonfinite == "skip" or len(absent) == len(self.tasks)):
             return False
         if absent:
             g = g.clone()
-            g[list(absent)] = g[:, list(absent)] = 0.0
-        present = [i for i in range(len(batch.names)) if i not in absent]
-        direction, weights, head_weights = self._aggregate(host, present, scale)
-        heads: list[float | None] = [None] * len(batch.names)
-        for i in present:
-            heads[i] = 1.0 if self.heads == "own" else float(head_weights[i])
-        self.rows.deliver(direction, heads)
-        self._train_own_weights(pending.values, present, scale)
-        self._finish(weights, head_weights, g, absent)
-        return True
+            out = list(absent)
+            g[..., out, :] = g[..., :, out] = 0.0
+        present = [i for i in range(len(self.tasks)) if i not in absent]
+        return _Examined(g if g.dim() == 2 else g.sum(0), host, present, absent)
 
-    def _to_host(self, values: Tensor, scale: Tensor | None) -> tuple[Tensor, HostValues]:
-        """G `[T, T]` without the scale, and what the host decides on."""
-        jacobian, extremes = self.rows.jacobian, self.rows.head_extremes()
-        g = _unscaled(gramian(jacobian), scale)
-        host = HostValues(g, values, extremes)
-        if wants_exact(host.gramian, jacobian):
-            g = _unscaled(gramian(jacobian, exact=True), scale)
-            host = HostValues(g, values, extremes)
-        return g, host
+    def _check_columns(self) -> None:
+        """State `[T, P]` belongs to the shared parameters that it was gathered for."""
+        aggregator = self.aggregator
+        if not (isinstance(aggregator, JacobianAggregator) and aggregator.per_parameter_state):
+            return
+        if self._columns is not None and self._columns != self.rows.shared:
+            raise ValueError(
+                f"the shared parameters must stay the same for {aggregator.name!r}, which has "
+                f"state for each; found {len(self.rows.shared)} of other indices than before"
+            )
+        self._columns = list(self.rows.shared)
 
     def _aggregate(
         self, host: HostValues, present: list[int], scale: Tensor | None
@@ -206,33 +292,63 @@ class Balancer:
         """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
         aggregator, jacobian = self.aggregator, self.rows.jacobian
         everyone = len(present) == len(jacobian)
+        # The row of a task that sits out may hold NaN, which no weight takes away.
+        rows = jacobian if everyone else jacobian[present]
         values = host.losses if everyone else host.losses[present]
-        w = torch.zeros(len(jacobian), dtype=torch.float64)
         if isinstance(aggregator, JacobianAggregator):
-            rows = jacobian if everyone else jacobian[present]
-            if scale is None:
-                return aggregator.direction(rows, values), None, w
-            direction = aggregator.direction(rows / scale.to(rows), values)
-            return direction * scale.to(direction), None, w
-        head_weights = w.clone()
+            plain = rows if scale is None else rows / scale.to(rows)
+            direction = aggregator.direction(plain, values, **self._taking_part(present))
+            factor: float | Tensor = self._gain(present)
+            if scale is not None:
+                factor = factor * scale.to(direction)
+            w = _spread(aggregator.last_weights, jacobian, present)
+            heads = _spread(aggregator.last_head_weights, jacobian, present)
+            weights = w * self._gain(present) if aggregator.weighted else None
+            return direction if factor == 1.0 else direction * factor, weights, heads
+        if host.gramian.dim() == 3:
+            assert isinstance(aggregator, GramianAggregator)
+            assert aggregator.column_groups(self.rows.shapes) is not None
+            g = host.gramian[:, present][:, :, present]
+            grouped = aggregator.group_weights(g, values, **self._taking_part(present))
+            widths = aggregator.column_groups(self.rows.shapes)
+            parts = torch.split(rows, widths or [], 1)
+            pieces = [combine(w, part) for w, part in zip(grouped, parts, strict=True)]
+            return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
+        w, head_weights = self._weights(host, present)
+        return combine(w[present] if not everyone else w, rows), w, head_weights
+
+    def _weights(self, host: HostValues, present: list[int]) -> tuple[Tensor, Tensor]:
+        """Weights and head weights `[T]`, float64 on the host, the same object where the same."""
+        aggregator, n_tasks = self.aggregator, len(host.losses)
+        everyone = len(present) == n_tasks
+        values = host.losses if everyone else host.losses[present]
+        g = host.gramian if everyone else host.gramian[present][:, present]
+        taking_part = self._taking_part(present)
         if isinstance(aggregator, GramianAggregator):
-            g = host.gramian if everyone else host.gramian[present][:, present]
-            found = aggregator.weights(g, values, **self._taking_part(present)).double()
-            found_heads = aggregator.head_weights(found, g)
-            w[present] = found
-            if found_heads is found:
-                head_weights = w
-            else:
-                head_weights[present] = found_heads.double()
+            found = aggregator.weights(g, values, **taking_part).double()
+            found_heads = aggregator.head_weights(found, g).double()
+        elif isinstance(aggregator, DoubleSamplingAggregator):
+            found = found_heads = aggregator.step(g, **taking_part).double()
         else:
             assert isinstance(aggregator, Scalarizer)
-            found = aggregator.loss_weights(values, **self._taking_part(present))
-            w[present] = found.double()
-            head_weights = w
-        if everyone:
-            return combine(w, jacobian), w, head_weights
-        # The row of a task that sits out may hold NaN, which no weight takes away.
-        return combine(w[present], jacobian[present]), w, head_weights
+            found = found_heads = aggregator.loss_weights(values, **taking_part).double()
+        gain = self._gain(present)
+        if found_heads is found and gain == 1.0:
+            w = found if everyone else _spread(found, values, present, n_tasks)
+            return w, w
+        w = _spread(found * gain, values, present, n_tasks)
+        return w, _spread(found_heads, values, present, n_tasks)
+
+    def _gain(self, present: list[int]) -> float:
+        return float(len(present)) if self.match_sum else 1.0
+
+    def _head_factors(self, head_weights: Tensor, present: list[int]) -> list[float | None]:
+        """What each task's own gradients are multiplied by; None for tasks that sit out."""
+        assert self.tasks is not None
+        factors: list[float | None] = [None] * len(self.tasks)
+        for i in present:
+            factors[i] = 1.0 if self.heads == "own" else float(head_weights[i])
+        return factors
 
     def _taking_part(self, present: list[int]) -> dict[str, Any]:
         """The keyword for a method that has to know which tasks take part, when not all do."""
@@ -241,40 +357,143 @@ class Balancer:
             return {"tasks": present}
         return {}
 
+    # T passes down to a representation or some of the parameters, then one through the rest.
+
+    def _features_step(self, call: BackwardCall) -> bool:
+        assert call.features is not None
+        batch, scale, aggregator = call.batch, call.scale, self.aggregator
+        values, factors = self._transformed(batch)
+        roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+        view = Representation(call.features, [root for root, _ in roots], call.parameters)
+        rows = Rows([call.features])
+        rows.take(
+            roots,
+            [call.features, *view.outside],
+            sit_out=call.absent,
+            # Where parameters are reached past the features, their graph is walked again.
+            retain_graph=call.retain_graph or bool(view.both),
+        )
+        pending = self._gather(batch, values, call.absent)
+        found = self._examine(*self._to_host(rows, values, scale), rows, pending, scale)
+        if isinstance(found, bool):
+            return found
+        present = found.present
+        w: Tensor | None
+        if isinstance(aggregator, JacobianAggregator):
+            jacobian = rows.jacobian[present]
+            direction = aggregator.direction(jacobian, features=call.features)  # type: ignore[call-arg]
+            w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
+        else:
+            w, head_weights = self._weights(found.host, present)
+            direction = combine(w[present], rows.jacobian[present])
+        factors_of = self._head_factors(head_weights, present)
+        shared = [None if f is None else 1.0 for f in factors_of]
+        if w is not None:
+            shared = [None if f is None else float(w[i]) for i, f in enumerate(factors_of)]
+        view.deliver(rows, direction, shared, factors_of, call.retain_graph)
+        self._train_own_weights(values, present, scale)
+        self._finish(w, head_weights, found.gramian, found.absent)
+        return True
+
+    def _probe_step(self, call: BackwardCall) -> bool:
+        assert isinstance(self.aggregator, GramianAggregator)
+        batch, scale = call.batch, call.scale
+        values, factors = self._transformed(batch)
+        roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+        probed = self.aggregator.probed_parameters() or []
+        rows = Rows(probed)
+        rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
+        pending = self._gather(batch, values, call.absent)
+        found = self._examine(*self._to_host(rows, values, scale), rows, pending, scale)
+        if isinstance(found, bool):
+            return found
+        weights = self._weights(found.host, found.present)
+        self._weighted_pass(replace(call, absent=found.absent), factors, weights)
+        self._train_own_weights(values, found.present, scale)
+        self._finish(*weights, found.gramian, found.absent)
+        return True
+
+    # T passes on each of several independent batches.
+
+    def _independent_step(self, call: BackwardCall) -> bool:
+        aggregator, scale = self.aggregator, call.scale
+        assert isinstance(aggregator, DoubleSamplingAggregator)
+        batches = [call.batch, *call.independent]
+        gathered: list[Rows] = []
+        norms = []
+        for batch in batches:
+            factors = self._transformed(batch)[1]
+            roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+            rows = Rows(self.shared_params)
+            rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
+            if gathered and rows.shared != gathered[0].shared:
+                raise ValueError(
+                    "independent batches must share the same parameters, found "
+                    f"{len(gathered[0].shared)} and {len(rows.shared)} shared ones"
+                )
+            gathered.append(rows)
+            extremes = rows.head_extremes()
+            norms.append(torch.maximum(extremes, rows.jacobian.abs().amax(1).to(extremes)))
+        first = gathered[0]
+        values = self._transformed(call.batch)[0]
+        pending = self._gather(call.batch, values, call.absent)
+        # An extreme of any batch that is not finite is one of their sum.
+        extremes = torch.stack([n / len(norms) for n in norms]).sum(0)
+        products = _unscaled(cross_gramian(first.jacobian, gathered[1].jacobian), scale)
+        host = HostValues(products, values, extremes)
+        found = self._examine(products, host, first, pending, scale)
+        if isinstance(found, bool):
+            return found
+        present = found.present
+        w, head_weights = self._weights(host, present)
+        first.mix(gathered, aggregator.shares, aggregator.head_shares)
+        direction = combine(w[present], first.jacobian[present])
+        first.deliver(direction, self._head_factors(head_weights, present))
+        self._finish(w, head_weights, None, found.absent)
+        return True
+
     # One pass of Σ w_i ℓ_i, for scalarizers and for weights that are used again.
 
     def _single_step(self, call: BackwardCall) -> bool:
-        batch, parameters, absent, scale = call.batch, call.parameters, call.absent, call.scale
+        batch, absent = call.batch, call.absent
         values, factors = self._transformed(batch)
         if not self._graph_seen:
             # Refuses a graph that would silently go untrained; once, as a walk is not free.
-            reached_parameters((root for root, _ in batch.roots(factors)), parameters)
+            reached_parameters((root for root, _ in batch.roots(factors)), call.parameters)
             self._graph_seen = True
         present = [i for i in range(len(batch.names)) if i not in absent]
         refreshes = isinstance(self.aggregator, Scalarizer) and self._refreshes()
         known = self._pending.weights if self._pending is not None else None
         weights = known or self._single_weights(values, present, refreshes)
-        if scale is not None:
-            factors = factors * scale.to(factors)
-        w, head_weights = (_only(v.to(factors), present) for v in weights)
-        if self.heads == "own":
-            head_weights = _only(torch.ones_like(factors), present)
-        if self.heads == "weighted" and weights[0] is weights[1]:
-            batch.backward(w * factors, parameters, call.retain_graph, absent)
-        else:
-            trunk, rest = self._apart(batch, factors, parameters)
-            if rest:
-                batch.backward(head_weights * factors, rest, True, absent)
-            batch.backward(w * factors, trunk, call.retain_graph, absent)
+        self._weighted_pass(call, factors, weights)
         pending = self._gather(batch, values, absent)
         pending.weights = weights
         if call.accumulate:
             return True
         if refreshes:
             present = [i for i in range(len(batch.names)) if i not in pending.absent]
-            self._train_own_weights(pending.values, present, scale)
+            self._train_own_weights(pending.values, present, call.scale)
         self._finish(*weights, None, pending.absent)
         return True
+
+    def _weighted_pass(
+        self, call: BackwardCall, factors: Tensor, weights: tuple[Tensor, Tensor]
+    ) -> None:
+        """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
+        batch, parameters, absent = call.batch, call.parameters, call.absent
+        if call.scale is not None:
+            factors = factors * call.scale.to(factors)
+        present = [i for i in range(len(batch.names)) if i not in absent]
+        w, head_weights = (_only(v.to(factors), present) for v in weights)
+        if self.heads == "own":
+            head_weights = _only(torch.ones_like(factors), present)
+        if self.heads == "weighted" and weights[0] is weights[1]:
+            batch.backward(w * factors, parameters, call.retain_graph, absent)
+            return
+        trunk, rest = self._apart(batch, factors, parameters)
+        if rest:
+            batch.backward(head_weights * factors, rest, True, absent)
+        batch.backward(w * factors, trunk, call.retain_graph, absent)
 
     def _single_weights(
         self, values: Tensor, present: list[int], refreshes: bool
@@ -285,7 +504,7 @@ class Balancer:
             part = values if len(present) == len(values) else values[present]
             assert isinstance(self.aggregator, Scalarizer)
             w[present] = self.aggregator.loss_weights(part, **self._taking_part(present)).to(w)
-            return w, w
+            return (w * self._gain(present) if self.match_sum else w), w
         assert self.weights is not None
         return self.weights, self.weights if self.head_weights is None else self.head_weights
 
@@ -300,14 +519,13 @@ class Balancer:
         return trunk, [p for k, p in enumerate(parameters) if k not in shared]
 
     def _train_own_weights(self, values: Tensor, present: list[int], scale: Tensor | None) -> None:
-        """Puts the gradient of a scalarizer's learnable weights into their `.grad`."""
+        """Puts the gradient of the method's learnable weights into their `.grad`."""
         own = self.aggregator.parameters()
         if not own:
             return
-        assert isinstance(self.aggregator, Scalarizer)
         part = values.detach()[present]
         with torch.enable_grad():
-            total = self.aggregator.scalarize(part, **self._taking_part(present))
+            total = self.aggregator.objective(part, **self._taking_part(present))
             grads = torch.autograd.grad(total, own)
         if scale is not None:
             grads = tuple(g * scale.to(g) for g in grads)
@@ -363,6 +581,14 @@ def _only(weights: Tensor, present: list[int]) -> Tensor:
     kept = torch.zeros_like(weights)
     kept[present] = weights[present]
     return kept
+
+
+def _spread(values: Tensor | None, like: Tensor, present: list[int], size: int = 0) -> Tensor:
+    """`[T]`, float64 on the host, zero for the tasks that sit out."""
+    result = torch.zeros(size or len(like), dtype=torch.float64)
+    if values is not None:
+        result[present] = values.detach().double().cpu()
+    return result
 
 
 def _unscaled(g: Tensor, scale: Tensor | None) -> Tensor:

@@ -35,7 +35,7 @@ class HostValues:
     """What comes to the host once a step, in one transfer.
 
     Args:
-        gramian: `[T, T]`, float64.
+        gramian: `[T, T]`, or `[K, T, T]` for K groups of columns; float64.
         losses: `[T]`, as the aggregator sees them.
         extremes: `[T]`, the largest entries of each task's other gradients.
 
@@ -45,10 +45,11 @@ class HostValues:
     """
 
     def __init__(self, gramian: Tensor, losses: Tensor, extremes: Tensor) -> None:
-        packed = torch.cat([gramian, losses.to(gramian)[None], extremes.to(gramian)[None]])
-        packed = packed.cpu()
-        self.gramian, self.losses = packed[:-2], packed[-2]
-        checks = torch.stack([self.gramian.diagonal(), *packed[-2:]]).isfinite().all(0).tolist()
+        rows = gramian.reshape(-1, len(losses))
+        packed = torch.cat([rows, losses.to(gramian)[None], extremes.to(gramian)[None]]).cpu()
+        self.gramian, self.losses = packed[:-2].view(gramian.shape), packed[-2]
+        squares = self.gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses))
+        checks = torch.cat([squares, packed[-2:]]).isfinite().all(0).tolist()
         self.bad = [i for i, finite in enumerate(checks) if not finite]
 
 

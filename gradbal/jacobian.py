@@ -20,6 +20,7 @@ from gradbal.solvers import cosine_matrix
 __all__ = [
     "Rows",
     "combine",
+    "cross_gramian",
     "gramian",
     "hooks_held_back",
     "reached_parameters",
@@ -74,6 +75,24 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
         if jacobian.dtype == torch.float32:
             return _blocked(jacobian)
         return _sum(_blocked(c.float()) for c in torch.split(jacobian, CHUNK, dim=1))
+
+
+def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
+    """`A = J₁J₂ᵀ`, every product in float64.
+
+    Args:
+        first, second: `[T, P]`, any floating dtype, on the same device.
+
+    Returns:
+        `[T, T]`, float64, on that device.
+
+    Example:
+        >>> cross_gramian(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]))
+        tensor([[5.]], dtype=torch.float64)
+    """
+    with _no_autocast(first):
+        pairs = zip(*(torch.split(j.detach(), CHUNK, 1) for j in (first, second)), strict=True)
+        return _sum(a.double() @ b.double().mT for a, b in pairs)
 
 
 def wants_exact(gramian: Tensor, jacobian: Tensor) -> bool:
@@ -155,13 +174,16 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def reached_parameters(
-    roots: Iterable[Tensor | GradientEdge], parameters: Sequence[Tensor]
+    roots: Iterable[Tensor | GradientEdge],
+    parameters: Sequence[Tensor],
+    stop: GradientEdge | None = None,
 ) -> list[Reach]:
     """Which parameters a backward pass from each root would reach, read from the graph.
 
     Args:
         roots: T tensors that require grad, or edges of the graph.
-        parameters: n leaf tensors.
+        parameters: n tensors that require grad, mostly leaves.
+        stop: an edge beyond which the walk does not go.
 
     Returns:
         T tuples of n booleans.
@@ -170,16 +192,22 @@ def reached_parameters(
         ValueError: a part of the graph is reentrant activation checkpointing, which takes
             gradients only in a backward pass to all leaves.
     """
-    index = {id(p): i for i, p in enumerate(parameters)}
+    leaves = {id(p): i for i, p in enumerate(parameters) if p.is_leaf}
+    inner = {_ends(get_gradient_edge(p)): i for i, p in enumerate(parameters) if not p.is_leaf}
+    end = None if stop is None else _ends(stop)
     result = []
     for root in roots:
         found = [False] * len(parameters)
         seen: set[Node] = set()
-        edge = get_gradient_edge(root) if isinstance(root, Tensor) else root
-        stack: list[Node | None] = [edge.node]
+        stack: list[tuple[Node | None, int]] = [
+            _ends(get_gradient_edge(root) if isinstance(root, Tensor) else root)
+        ]
         while stack:
-            node = stack.pop()
-            if node is None or node in seen:
+            edge = stack.pop()
+            if edge in inner:
+                found[inner[edge]] = True
+            node = edge[0]
+            if node is None or node in seen or edge == end:
                 continue
             seen.add(node)
             if node.name() == "CheckpointFunctionBackward":
@@ -188,11 +216,15 @@ def reached_parameters(
                     "call checkpoint(..., use_reentrant=False)"
                 )
             leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in index:
-                found[index[id(leaf)]] = True
-            stack.extend(n for n, _ in node.next_functions)
+            if leaf is not None and id(leaf) in leaves:
+                found[leaves[id(leaf)]] = True
+            stack.extend(node.next_functions)
         result.append(tuple(found))
     return result
+
+
+def _ends(edge: GradientEdge) -> tuple[Node | None, int]:
+    return edge.node, edge.output_nr
 
 
 @dataclass
@@ -264,6 +296,54 @@ class Rows:
     def jacobian(self) -> Tensor:
         """`[T, P]`, one row a task, over the shared parameters."""
         return self._current.buffer
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the gradients are of."""
+        return self._current.parameters
+
+    @property
+    def shared(self) -> list[int]:
+        """Indices of the shared parameters, in the order of their columns."""
+        return self._current.shared
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shapes of the shared parameters, in the order of their columns."""
+        return [self._current.parameters[k].shape for k in self.shared]
+
+    def columns(self, parameters: Sequence[Tensor]) -> Tensor:
+        """`[T, ·]`, the columns of some of the shared parameters.
+
+        Raises:
+            ValueError: none of them is shared.
+        """
+        chosen = {id(p) for p in parameters}
+        shared = [self._current.parameters[k] for k in self.shared]
+        parts = torch.split(self.jacobian, [p.numel() for p in shared], 1)
+        picked = [part for p, part in zip(shared, parts, strict=True) if id(p) in chosen]
+        if not picked:
+            raise ValueError(f"none of the {len(chosen)} parameters is shared")
+        return torch.cat(picked, 1)
+
+    def mix(
+        self, batches: Sequence[Rows], shares: Sequence[float], head_shares: Sequence[float]
+    ) -> None:
+        """Becomes a weighted sum of the gradients of several batches, itself among them.
+
+        Args:
+            batches: B of them, with the same layout; the first is this one.
+            shares, head_shares: B factors, for the Jacobians and for the other gradients.
+        """
+        self.jacobian.mul_(shares[0])
+        heads = self.heads
+        self.heads = [{} for _ in heads]
+        for rows, share, head_share in zip(batches, shares, head_shares, strict=True):
+            if rows is not self and share:
+                self.jacobian.add_(rows.jacobian, alpha=share)
+            for i, head in enumerate(heads if rows is self else rows.heads):
+                if head_share:
+                    _add(self.heads[i], {k: g * head_share for k, g in head.items()})
 
     @property
     def _current(self) -> _Layout:

@@ -15,6 +15,8 @@ from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
     Aggregator,
     ClosureAggregator,
+    DoubleSamplingAggregator,
+    GramianAggregator,
     JacobianAggregator,
     Scalarizer,
     one_of,
@@ -53,6 +55,9 @@ class MultiTaskOptimizer(Optimizer):
         nonfinite: what happens on NaN and inf. "raise" a `NonFiniteError`; "skip" the step, which
             is counted; "drop" the task from this step. A scalarizer sees the losses alone.
         process_group: reserved.
+        match_sum: multiply the shared gradient by T, for methods whose d is g where all gradients
+            are g; the gradients of heads stay as they are. Some official codes do so, to keep the
+            learning rate of a sum of losses.
         **aggregator_kwargs: hyperparameters of the named aggregator.
 
     Attributes:
@@ -86,6 +91,7 @@ class MultiTaskOptimizer(Optimizer):
         loss_transform: Literal["log"] | None = None,
         nonfinite: Literal["raise", "skip", "drop"] = "raise",
         process_group: Any = None,
+        match_sum: bool = False,
         **aggregator_kwargs: Any,
     ) -> None:
         # The base class is not initialised: it would make a second set of groups and state.
@@ -98,17 +104,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = _make_aggregator(aggregator, aggregator_kwargs)
         _check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
-        if isinstance(self.aggregator, JacobianAggregator):
-            if heads == "weighted":
-                raise ValueError(
-                    f"heads must be 'own' for {self.aggregator.name!r}, which has no weights, "
-                    "found 'weighted'"
-                )
-            if update_every != 1:
-                raise ValueError(
-                    f"update_every must be 1 for {self.aggregator.name!r}, which has no weights "
-                    f"to use again, found {update_every}"
-                )
+        _check_fit(self.aggregator, heads, update_every, match_sum)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -122,6 +118,7 @@ class MultiTaskOptimizer(Optimizer):
             update_every=update_every,
             loss_transform=loss_transform,
             nonfinite=nonfinite,
+            match_sum=match_sum,
         )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
@@ -222,8 +219,12 @@ class MultiTaskOptimizer(Optimizer):
                 `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
                 step. A 1-D tensor made in any other way cannot be taken apart: every loss then
                 reaches all that it was made from.
-            features: reserved.
-            independent: reserved.
+            features: z, the representation that the heads start from, for the methods that work
+                there (`mgda_ub`, `aligned_mtl_ub`, ...) and any other that works on the Gramian.
+                The Jacobian is then taken at z, flattened over batch and features; one pass goes on
+                from z through the trunk.
+            independent: the losses of further, independent batches, for the methods that sample
+                twice (`modo`, `sdmgrad`).
             accumulate: add this batch's gradients to pending ones and aggregate nothing; the next
                 call without it aggregates all of them. Losses and gradients add up, so divide the
                 losses by the number of micro-batches for a mean.
@@ -236,23 +237,23 @@ class MultiTaskOptimizer(Optimizer):
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
                 has changed, except that pending gradients are given up if it was a gradient.
         """
-        if features is not None:
-            raise NotImplementedError("`features` (gradients at a representation) is not there yet")
-        if len(independent):
-            raise NotImplementedError("`independent` (double sampling) is not there yet")
         balancer = self._balancer
+        self._check_call(features, independent, accumulate)
         batch = read_losses(losses, balancer.tasks)
+        others = tuple(read_losses(l, batch.names) for l in independent)
         device = batch.values.device
         if balancer.loss_transform == "log" and device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
-            _check_positive(batch)
+            for each in (batch, *others):
+                _check_positive(each)
         parameters = self._trained()
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
             scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
         else:
-            absent = self._absent(batch)
+            absent = self._absent(batch, *others)
+        self.aggregator.learning_rate = _learning_rate(self.optimizer)
         if absent is not None:
             self.aggregator.prepare(len(batch.names), batch.values)
         self._late, self._skip_step = None, False
@@ -260,7 +261,9 @@ class MultiTaskOptimizer(Optimizer):
             # One of this step's micro-batches was not finite: the whole step is left out.
             self._spoiled, self._skip_step = accumulate, True
         elif absent is None or not balancer.backward(
-            BackwardCall(batch, parameters, absent, accumulate, scale, retain_graph)
+            BackwardCall(
+                batch, parameters, absent, accumulate, scale, retain_graph, features, others
+            )
         ):
             balancer.give_up_pending()
             self._n_skipped += 1
@@ -424,16 +427,47 @@ class MultiTaskOptimizer(Optimizer):
                 )
         return trained
 
-    def _absent(self, batch: Losses) -> frozenset[int] | None:
+    def _check_call(self, features: Any, independent: Sequence[Any], accumulate: bool) -> None:
+        """Whether the method gets what it consumes, and nothing that it does not."""
+        aggregator, name = self.aggregator, self.aggregator.name
+        if features is None and aggregator.needs_features:
+            raise ValueError(
+                f"{name!r} works on gradients at a representation: call "
+                "backward(losses, features=z), found no `features`"
+            )
+        if features is not None:
+            if not (aggregator.needs_features or isinstance(aggregator, GramianAggregator)):
+                raise ValueError(f"{name!r} takes no `features`, found some")
+            if not isinstance(features, Tensor):
+                raise TypeError(f"`features` must be a tensor, found {type(features).__name__}")
+            if not features.requires_grad:
+                raise ValueError("`features` must have a graph (requires_grad), found none")
+            if accumulate:
+                raise ValueError(
+                    "`features` cannot be gathered with accumulate=True: their graph would have to "
+                    "stay until the weights are known"
+                )
+        wanted = 1
+        if isinstance(aggregator, DoubleSamplingAggregator):
+            wanted = aggregator.n_batches
+        if len(independent) != wanted - 1:
+            raise ValueError(
+                f"{name!r} takes {wanted} independent batches a step, so `independent` must have "
+                f"{wanted - 1} collections of losses, found {len(independent)}"
+            )
+        if independent and accumulate:
+            raise ValueError("independent batches cannot be gathered with accumulate=True")
+
+    def _absent(self, *batches: Losses) -> frozenset[int] | None:
         """Tasks that sit this step out since their loss is not finite; None skips the step."""
-        policy = self._balancer.nonfinite
+        policy, batch = self._balancer.nonfinite, batches[0]
         if batch.values.device.type != "cpu" and (
             isinstance(self.aggregator, Scalarizer) or policy != "drop"
         ):
             # Reading would wait for the device. The losses come to the host with the Gramian; for
             # a scalarizer `step` looks at a copy.
             return frozenset()
-        bad = not_finite(batch.values.tolist())
+        bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
         if bad and policy == "raise":
             raise NonFiniteError("losses", [batch.names[i] for i in bad])
         if bad and (policy == "skip" or len(bad) == len(batch.names)):
@@ -507,9 +541,39 @@ def _make_aggregator(aggregator: str | Aggregator, kwargs: dict[str, Any]) -> Ag
         raise TypeError(
             f"`aggregator` must be a name or an Aggregator, found {type(aggregator).__name__}"
         )
-    if isinstance(made, ClosureAggregator):
+    if isinstance(made, ClosureAggregator) and not isinstance(made, DoubleSamplingAggregator):
         raise NotImplementedError("methods that evaluate a closure again are not there yet")
     return made
+
+
+def _check_fit(aggregator: Aggregator, heads: Any, update_every: int, match_sum: Any) -> None:
+    """Options that not every method can serve."""
+    name = aggregator.name
+    if isinstance(aggregator, JacobianAggregator):
+        if heads == "weighted" and not aggregator.weighted:
+            raise ValueError(
+                f"heads must be 'own' for {name!r}, which has no weights, found 'weighted'"
+            )
+        if update_every != 1 and not aggregator.combines:
+            raise ValueError(
+                f"update_every must be 1 for {name!r}, which has no weights to use again, "
+                f"found {update_every}"
+            )
+    one_of("match_sum", match_sum, (False, True))
+    gain = aggregator.promises.gain
+    if match_sum and (
+        gain is None or len({gain(aggregator, t, n) for t in (2, 3) for n in (1, 2)}) > 1
+    ):
+        raise ValueError(
+            f"match_sum must be False for {name!r}, whose gradient has a scale of its own, "
+            "found True"
+        )
+
+
+def _learning_rate(optimizer: Optimizer) -> float | None:
+    lr = optimizer.param_groups[0].get("lr")
+    # Reading a tensor from an accelerator would wait for it.
+    return None if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") else float(lr)
 
 
 def _check_options(

@@ -35,6 +35,8 @@ class Promises:
         deterministic: two calls with the same input agree; else the generator has to be reset.
         permutation_invariant: d does not depend on the order of the tasks; not where one of them is
             singled out, or ties go to the first.
+        zero_rows_inactive: a task whose gradient is zero gets no weight.
+        min_tasks: the least T.
     """
 
     heads: Heads = "own"
@@ -47,6 +49,8 @@ class Promises:
     continuous: bool = True
     deterministic: bool = True
     permutation_invariant: bool = True
+    zero_rows_inactive: bool = True
+    min_tasks: int = 1
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ def expected(
     if (heads or gradbal.info(aggregator.name).promises.heads) == "weighted":
         if isinstance(again, gradbal.Scalarizer):
             w = again.loss_weights(losses)
+        elif isinstance(again, gradbal.JacobianAggregator):
+            again.direction(j, losses)
+            w = again.last_head_weights.double()
         else:
             g = j @ j.T
             w = again.head_weights(again.weights(g, losses), g)

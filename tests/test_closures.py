@@ -10,8 +10,7 @@ from torch.optim import LBFGS
 import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.states import assert_same, fresh, snapshot
-
-METHODS = gradbal.list_aggregators()
+from tests.zoo import METHODS
 
 
 @pytest.mark.parametrize("form", [list, torch.stack, lambda l: dict(zip("abc", l, strict=True))])

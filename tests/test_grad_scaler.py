@@ -11,9 +11,8 @@ from torch.optim import SGD
 import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.states import assert_same, root_at_zero
-from tests.zoo import make
+from tests.zoo import METHODS, make
 
-METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
 # A random scalarizer has drawn its weights before it can see the overflow.
 UNTOUCHED = [

@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gradbal
-from tests.zoo import make, optimizer, targets
+from tests.zoo import METHODS, make, optimizer, targets
 
-METHODS = gradbal.list_aggregators()
 Three = namedtuple("Three", ["a", "b", "c"])
 
 

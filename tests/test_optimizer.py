@@ -13,9 +13,7 @@ import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.gradients import assert_gradients, expected, task_gradients
 from tests.states import assert_same, fresh, snapshot
-from tests.zoo import make, optimizer
-
-METHODS = gradbal.list_aggregators()
+from tests.zoo import METHODS, make, optimizer
 
 
 def _wrap(optimizer: Optimizer, aggregator: str = "upgrad", **options: Any) -> MultiTaskOptimizer:

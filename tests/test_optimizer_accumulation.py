@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.gradients import assert_gradients, expected, jacobian, shared_names, task_gradients
-from tests.zoo import make, optimizer, targets
+from tests.zoo import METHODS, make, optimizer, targets
 
-METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
 EXTRA = ["log_sum", "largest_entries"]
 

@@ -10,9 +10,8 @@ from torch.optim import SGD
 import gradbal
 from gradbal import MultiTaskOptimizer, NonFiniteError
 from tests.states import assert_same, fresh, root_at_zero, snapshot, trained
-from tests.zoo import make, optimizer
+from tests.zoo import METHODS, make, optimizer
 
-METHODS = gradbal.list_aggregators()
 SCALARIZERS = [name for name in METHODS if gradbal.info(name).kind == "scalarizer"]
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
 

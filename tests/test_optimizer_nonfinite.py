@@ -11,9 +11,8 @@ from torch.optim import Adam
 import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.states import assert_same, fresh, root_at_zero, snapshot, trained
-from tests.zoo import make, targets
+from tests.zoo import METHODS, make, targets
 
-METHODS = gradbal.list_aggregators()
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
 LOSS_ONLY = [name for name in METHODS if gradbal.info(name).kind == "scalarizer"]
 NAN = float("nan")

@@ -176,10 +176,6 @@ def test_reserved_entry_points() -> None:
     y = layer(torch.ones(1, 2))
     losses = [y.sum(), y.square().sum()]
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(NotImplementedError, match="features"):
-        opt.backward(losses, features=y)
-    with pytest.raises(NotImplementedError, match="independent"):
-        opt.backward(losses, independent=(losses, losses))
     with pytest.raises(NotImplementedError, match="val_closure"):
         opt.step(lambda: losses, lambda: losses)
     with pytest.raises(NotImplementedError, match="process_group"):

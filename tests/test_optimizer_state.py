@@ -10,12 +10,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-import gradbal
 from gradbal import MultiTaskOptimizer
 from tests.states import assert_same, fresh, snapshot
-from tests.zoo import make
-
-METHODS = gradbal.list_aggregators()
+from tests.zoo import METHODS, make
 
 
 def _run(model: nn.Module, opt: MultiTaskOptimizer, steps: int) -> None:

@@ -334,6 +334,31 @@ class ChangingGraph(Zoo):
         return targets([self.heads[0](y), self.heads[1](y), self.heads[2](one(z))])
 
 
+def trains_plainly(aggregator: str) -> bool:
+    """Whether `backward(losses)` alone is what the method takes."""
+    made = gradbal.create(aggregator)
+    return not made.needs_features and getattr(made, "n_batches", 1) == 1
+
+
+METHODS = [
+    name
+    for name in gradbal.list_aggregators()
+    if trains_plainly(name) and gradbal.info(name).promises.min_tasks <= 2
+]
+"""What any model with two losses can be trained with."""
+
+
+def fits(aggregator: str, model: str, heads: str | None) -> bool:
+    """Whether a method can train a model of the zoo with this rule for heads."""
+    made = gradbal.create(aggregator)
+    if isinstance(made, gradbal.JacobianAggregator):
+        if heads == "weighted" and not made.weighted:
+            return False
+        if model == "ChangingGraph" and made.per_parameter_state:
+            return False
+    return ZOO[model].n_tasks >= made.promises.min_tasks
+
+
 def optimizer(model: nn.Module, aggregator: str, **options: Any) -> gradbal.MultiTaskOptimizer:
     """SGD under a method; every call draws the same random numbers."""
     if "generator" in gradbal.info(aggregator).hyperparameters:

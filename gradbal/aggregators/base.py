@@ -24,6 +24,7 @@ from gradbal.solvers import ZERO_ROW, Array, Indices, cosine_matrix, positive_pa
 __all__ = [
     "Aggregator",
     "ClosureAggregator",
+    "DoubleSamplingAggregator",
     "GramianAggregator",
     "JacobianAggregator",
     "PreferenceMixin",
@@ -166,11 +167,15 @@ class Aggregator(ABC):
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
     `tasks`, the indices of the tasks that take part when some sit a step out."""
+    unsaved: ClassVar[tuple[str, ...]] = ("generator",)
+    """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
+    learning_rate: float | None = None
+    """The wrapped optimizer's, of its first param group, at this step."""
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Constructor arguments and their values, without the generator."""
+        """Constructor arguments and their values, without those that are not data."""
         names = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in names if name != "generator"}
+        return {name: getattr(self, name) for name in names if name not in self.unsaved}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters().items())
@@ -191,6 +196,15 @@ class Aggregator(ABC):
     def parameters(self) -> list[Parameter]:
         """The learnable weights in `param_groups()`, flat."""
         return [p for group in self.param_groups() for p in group["params"]]
+
+    def objective(self, losses: Tensor, **taking_part: Any) -> Tensor:
+        """What `parameters()` are trained on, from the detached losses `[T]`; 0-dim."""
+        raise NotImplementedError(f"{self.name!r} has no learnable weights")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it works on gradients at a representation, `backward(losses, features=z)`."""
+        return False
 
     def end_epoch(self) -> None:  # noqa: B027
         """Called by the user at the end of an epoch; for methods that count epochs."""
@@ -335,6 +349,10 @@ class Scalarizer(Aggregator):
             0-dim, differentiable in the losses and in `parameters()`.
         """
 
+    def objective(self, losses: Tensor, **taking_part: Any) -> Tensor:
+        """What `parameters()` are trained on: the objective itself; 0-dim."""
+        return self.scalarize(losses, **taking_part)
+
     def loss_weights(self, losses: Tensor, **taking_part: Any) -> Tensor:
         """`w [T]`, the derivative of the objective by each loss.
 
@@ -375,6 +393,25 @@ class GramianAggregator(Aggregator):
         """What task-specific gradients are multiplied by under `heads="weighted"`; `[T]`."""
         return weights
 
+    def probed_parameters(self) -> list[Tensor] | None:
+        """The shared parameters whose Gramian it wants, where that is not all of them.
+
+        Its weights then multiply the losses in one ordinary backward pass.
+        """
+        return None
+
+    def column_groups(self, shapes: Sequence[torch.Size]) -> list[int] | None:
+        """The widths of the column groups of J that get weights of their own; None for one group.
+
+        Args:
+            shapes: of the shared parameters, in the order of their columns.
+        """
+        return None
+
+    def group_weights(self, gramians: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`w [K, T]` of K column groups, from their Gramians `[K, T, T]`."""
+        raise NotImplementedError(f"{self.name!r} has the same weights for all columns")
+
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
         """`d = w(JJᵀ)ᵀ J`.
 
@@ -395,6 +432,16 @@ class JacobianAggregator(Aggregator):
     """Consumes all of J; T backwards a step."""
 
     category = "jacobian"
+    weighted: ClassVar[bool] = False
+    """Whether every direction comes with weights, in `last_weights` and `last_head_weights`."""
+    combines: ClassVar[bool] = False
+    """Whether `d = Jᵀw` with these weights, so that they can be used again for another J."""
+    per_parameter_state: ClassVar[bool] = False
+    """Whether there is state `[T, P]`, for which the shared parameters have to stay the same."""
+    last_weights: Tensor | None = None
+    """`w [T]` of the last direction."""
+    last_head_weights: Tensor | None = None
+    """`[T]`, what task-specific gradients are multiplied by under `heads="weighted"`."""
 
     @abstractmethod
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
@@ -408,6 +455,10 @@ class JacobianAggregator(Aggregator):
             `d [P]`, dtype and device of the Jacobian.
         """
 
+    def tasks_in_turn(self, n_tasks: int) -> list[int] | None:
+        """The tasks whose gradients the next step needs; None for all of them."""
+        return None
+
 
 class ClosureAggregator(Aggregator):
     """Consumes the closure: losses evaluated again, validation losses, independent batches."""
@@ -417,3 +468,41 @@ class ClosureAggregator(Aggregator):
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of optimisation."""
+
+
+class DoubleSamplingAggregator(ClosureAggregator):
+    """Consumes Jacobians of independent mini-batches: `A = J₁J₂ᵀ`, which is unbiased where `JJᵀ` is
+    not, and neither symmetric nor positive semi-definite."""
+
+    per_task_state = True
+
+    @property
+    @abstractmethod
+    def n_batches(self) -> int:
+        """How many independent mini-batches a step takes: 1, 2 or 3."""
+
+    @property
+    @abstractmethod
+    def shares(self) -> tuple[float, ...]:
+        """For each batch its part `c_b` in the shared gradient `d = Σ_b c_b J_bᵀw`."""
+
+    @property
+    def head_shares(self) -> tuple[float, ...]:
+        """For each batch its part in the gradients of task-specific parameters."""
+        return (1.0 / self.n_batches,) * self.n_batches
+
+    @abstractmethod
+    def step(self, products: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """The weights, from inner products of two independent batches.
+
+        Args:
+            products: `A = J₁J₂ᵀ [T, T]`; `JJᵀ` where there is one batch.
+            tasks: indices of the tasks that take part; None for all.
+
+        Returns:
+            `w [T]`, dtype and device of the products.
+        """
+
+    def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
+        """`d [P]` where all batches have the same Jacobian `[T, P]`."""
+        return combine(self.step(gramian(jacobian).cpu()), jacobian)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,6 +52,12 @@ def cases(families: tuple[str, ...] = FAMILIES) -> st.SearchStrategy[Case]:
     )
 
 
+def suited(name: str, case: Case) -> Case:
+    """The case, with as many tasks as the method needs."""
+    least = gradbal.info(name).promises.min_tasks
+    return case if case.n_tasks >= least else replace(case, n_tasks=least)
+
+
 def make(name: str, seed: int = 0, **hyperparameters: object) -> Aggregator:
     """A fresh aggregator; random ones get a generator with this seed."""
     if "generator" in gradbal.info(name).hyperparameters:
@@ -59,13 +66,18 @@ def make(name: str, seed: int = 0, **hyperparameters: object) -> Aggregator:
 
 
 def weights_of(aggregator: Aggregator, jacobian: Tensor) -> Tensor | None:
-    """`w [T]` in float64, or None for a method that works on all of J."""
-    if aggregator.category == "gramian":
-        wide = jacobian.double()
-        return aggregator.weights(wide @ wide.T)
-    if aggregator.category == "scalarizer":
-        return aggregator.loss_weights(torch.ones(len(jacobian), dtype=torch.float64))
-    return None
+    """`w [T]` of a first step, in float64; None for a method that has none."""
+    fresh = copy.deepcopy(aggregator)
+    fresh.reset()
+    wide = jacobian.double()
+    if fresh.category == "gramian":
+        return fresh.weights(wide @ wide.T, torch.ones(len(wide), dtype=wide.dtype))
+    if fresh.category == "scalarizer":
+        return fresh.loss_weights(torch.ones(len(wide), dtype=wide.dtype))
+    if fresh.category == "closure":
+        return fresh.step(wide @ wide.T)
+    fresh.direction(wide, torch.ones(len(wide), dtype=wide.dtype))
+    return None if fresh.last_weights is None else fresh.last_weights.double()
 
 
 def terms(aggregator: Aggregator, jacobian: Tensor) -> float:
