@@ -214,6 +214,70 @@ def _imtl_g(name: str, jacobian: Tensor) -> float:
     return float(max(np.ptp(projections) / (size / n).max(), abs(w.sum() - 1) / np.abs(w).sum()))
 
 
+def _imtl(name: str, jacobian: Tensor) -> float:
+    """Equal projections of the scaled rows' combination on the unit rows, for other factors."""
+    j = jacobian.numpy()
+    method = gradbal.create(name, guard=False)
+    factors = torch.linspace(-3, 3, len(j), dtype=torch.float64)
+    method.prepare(len(j), jacobian)
+    method.parameters()[0].data = factors.clone()
+    w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    n, gw, size = _products(j, w)
+    of_scaled = w / factors.exp().numpy()
+    total = abs(of_scaled.sum() - 1) / np.abs(of_scaled).sum()
+    return float(max(np.ptp(gw / n) / (size / n).max(), total))
+
+
+def _imtl_l(name: str, jacobian: Tensor) -> float:
+    """`e^{s_i}` for factors that are not one."""
+    method = gradbal.create(name)
+    method.prepare(len(jacobian), jacobian)
+    s = torch.linspace(-3, 3, len(jacobian), dtype=torch.float64)
+    method.parameters()[0].data = s.clone()
+    w = method.loss_weights(torch.ones_like(s))  # type: ignore[attr-defined]
+    return float((w / torch.exp(s) - 1).abs().max())
+
+
+def _nearest_on_simplex(v: Array) -> Array:
+    """Projection on the simplex by bisection of its multiplier."""
+    low, high = v.min() - 1.0, v.max()
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if np.maximum(v - middle, 0).sum() > 1 else (low, middle)
+    return np.asarray(np.maximum(v - 0.5 * (low + high), 0))
+
+
+def _modo(name: str, jacobian: Tensor) -> float:
+    """Two projected steps on independent Jacobians, with the projection found by bisection."""
+    j = jacobian.numpy() / np.linalg.norm(jacobian.numpy())
+    other = j[:, ::-1] + j
+    method = gradbal.create(name, gamma=0.5, rho=0.1)
+    v, w = np.full(len(j), 1 / len(j)), torch.empty(0)
+    for a in (j @ other.T, other @ j.T):
+        v = _nearest_on_simplex(v - 0.5 * (a @ v + 0.1 * v))
+        w = method.step(torch.from_numpy(a))  # type: ignore[attr-defined]
+    return float(np.abs(w.numpy() - v).max())
+
+
+def _sdmgrad(name: str, jacobian: Tensor) -> float:
+    """Projected steps with momentum on independent Jacobians, projections found by bisection.
+
+    With a step that contracts: the default one amplifies rounding errors from step to step.
+    """
+    j = jacobian.numpy()
+    j = j / np.linalg.norm(j, axis=1, keepdims=True)
+    a = j @ (j + 0.1 * j[:, ::-1]).T
+    scaled = a / np.sqrt(np.maximum(np.diagonal(a), 0)).mean() ** 2
+    p = np.full(len(j), 1 / len(j))
+    w, velocity = p, np.zeros_like(p)
+    for _ in range(5):
+        velocity = 0.5 * velocity + scaled @ (w + 0.3 * p)
+        w = _nearest_on_simplex(w - 0.2 * velocity)
+    method = gradbal.create(name, lam=0.3, lr=0.2, n_iter=5)
+    found = method.step(torch.from_numpy(a)).numpy()  # type: ignore[attr-defined]
+    return float(np.abs(found - (w + 0.3 * p) / 1.3).max())
+
+
 def _uw(name: str, jacobian: Tensor) -> float:
     """`½ e^{−s_i}` for log-variances that are not zero."""
     method = gradbal.create(name)
@@ -246,6 +310,12 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "aligned_mtl": _aligned_mtl,
     "config": _config,
     "primary": _primary,
+    "mgda_ub": _mgda,
+    "aligned_mtl_ub": _aligned_mtl,
+    "imtl": _imtl,
+    "imtl_l": _imtl_l,
+    "modo": _modo,
+    "sdmgrad": _sdmgrad,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

@@ -37,6 +37,8 @@ class Promises:
             singled out, or ties go to the first.
         zero_rows_inactive: a task whose gradient is zero gets no weight.
         min_tasks: the least T.
+        settles: a rounding error of J does not grow; not where an iteration with a long step is
+            stopped after a fixed number of rounds.
     """
 
     heads: Heads = "own"
@@ -51,6 +53,7 @@ class Promises:
     permutation_invariant: bool = True
     zero_rows_inactive: bool = True
     min_tasks: int = 1
+    settles: bool = True
 
 
 @dataclass(frozen=True)

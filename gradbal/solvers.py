@@ -30,6 +30,7 @@ __all__ = [
     "nonnegative_qp",
     "nonnegative_qps",
     "positive_part",
+    "project_simplex",
     "simplex_qp",
     "symmetric_pinv",
     "without_ridge",
@@ -522,3 +523,18 @@ def graded_eigh(c: Array, n: Array) -> tuple[Array, Array]:
         if largest == 0.0:
             break
     return unit**2 * (f[:size] ** 2).sum(1), turned[:size, :size].T
+
+
+def project_simplex(v: Array) -> Array:
+    """The point of the probability simplex closest to `v [T]`.
+
+    `max(v − θ, 0)` with the θ for which it sums to one, from the sorted entries (Held, Wolfe and
+    Crowder, "Validation of subgradient optimization", Mathematical Programming 1974).
+    """
+    # Measured from the largest entry, so that a large common offset costs no accuracy.
+    u = v - v.max()
+    ordered = np.sort(u)[::-1]
+    excess = (np.cumsum(ordered) - 1.0) / np.arange(1, len(u) + 1)
+    theta = excess[np.flatnonzero(ordered > excess)[-1]]
+    w = np.maximum(u - theta, 0.0)
+    return np.asarray(w / w.sum())

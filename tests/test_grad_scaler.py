@@ -59,7 +59,7 @@ def test_the_scale_changes_nothing(aggregator: str, options: dict[str, object]) 
     assert scaler.get_scale() == 65536.0
     _assert_close(model, twin)
     if aggregator == "uw":
-        torch.testing.assert_close(*(o.aggregator.log_variance for o in (opt, plain)))
+        torch.testing.assert_close(*(o.aggregator.learned for o in (opt, plain)))
 
 
 @pytest.mark.parametrize("aggregator", METHODS)

@@ -352,10 +352,10 @@ def test_learnable_weights_stay_the_optimizers_after_loading() -> None:
     other_model, other = fresh("uw")
     _train(other_model, other, 2)
     opt.load_state_dict(other.state_dict())
-    assert opt.param_groups[-1]["params"][0] is opt.aggregator.log_variance
-    before = opt.aggregator.log_variance.detach().clone()
+    assert opt.param_groups[-1]["params"][0] is opt.aggregator.learned
+    before = opt.aggregator.learned.detach().clone()
     _train(model, opt)
-    assert not torch.equal(opt.aggregator.log_variance, before)
+    assert not torch.equal(opt.aggregator.learned, before)
 
 
 def test_calls_that_a_method_has_no_use_for_change_nothing() -> None:

@@ -10,6 +10,7 @@ from torch.optim import LBFGS, SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer
+from tests.zoo import make
 
 NAN, INF = float("nan"), float("inf")
 
@@ -205,3 +206,28 @@ def test_a_direction_without_weights_allows_less() -> None:
         MultiTaskOptimizer(_sgd(), First(), heads="weighted")
     with pytest.raises(ValueError, match="update_every must be 1"):
         MultiTaskOptimizer(_sgd(), First(), update_every=2)
+
+
+@pytest.mark.parametrize("aggregator", ["mgda", "upgrad", "cagrad", "mean", "rlw", "imtl_g"])
+def test_match_sum_multiplies_the_shared_gradient_alone(aggregator: str) -> None:
+    model, twin = make("Plain"), make("Plain")
+    options = {}
+    if aggregator == "rlw":
+        options["generator"] = torch.Generator().manual_seed(1)
+    plain = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), aggregator, **options)
+    if options:
+        options["generator"] = torch.Generator().manual_seed(1)
+    opt = MultiTaskOptimizer(SGD(twin.parameters(), lr=0.1), aggregator, match_sum=True, **options)
+    plain.backward(model.losses(model.batch()))
+    opt.backward(twin.losses(twin.batch()))
+    torch.testing.assert_close(opt.weights, 3 * plain.weights)
+    for (n, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad * (3 if n.startswith("trunk") else 1))
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "pcgrad", "nash_mtl", "fairgrad"])
+def test_match_sum_is_refused_where_d_has_a_scale_of_its_own(aggregator: str) -> None:
+    with pytest.raises(ValueError, match=f"match_sum must be False for '{aggregator}'"):
+        MultiTaskOptimizer(_sgd(), aggregator, match_sum=True)
+    with pytest.raises(ValueError, match="`match_sum` must be one of False, True, found 3"):
+        MultiTaskOptimizer(_sgd(), "mgda", match_sum=3)

@@ -3,6 +3,8 @@
 import cvxpy
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradbal import solvers
 from gradbal.solvers import (
@@ -14,6 +16,7 @@ from gradbal.solvers import (
     nonnegative_qp,
     nonnegative_qps,
     positive_part,
+    project_simplex,
     simplex_qp,
     symmetric_pinv,
     without_ridge,
@@ -141,3 +144,19 @@ def test_an_unsolved_problem_warns_with_the_numbers():
     with pytest.warns(SolverWarning, match="residual nan"):
         checked(Solution(np.ones(2), float("nan"), 1), "a test")
     assert solvers.RESIDUAL == 1e-8
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40),
+    st.sampled_from([0.0, 1.0, -1e12]),
+)
+def test_projection_on_the_simplex(entries, offset):
+    v = np.asarray(entries) + offset
+    w = project_simplex(v)
+    assert (w >= 0).all()
+    assert w.sum() == pytest.approx(1, abs=1e-12)
+    # The KKT conditions: v − w is one number where w > 0 and not more elsewhere.
+    theta = (v - w)[w > 0]
+    rounding = 1e-12 * (1 + np.abs(v).max())
+    assert np.ptp(theta) <= rounding
+    assert ((v - w)[w == 0] <= theta.min() + rounding).all()

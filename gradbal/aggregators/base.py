@@ -171,6 +171,8 @@ class Aggregator(ABC):
     """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
     learning_rate: float | None = None
     """The wrapped optimizer's, of its first param group, at this step."""
+    needs_features: bool = False
+    """Whether it works on gradients at a representation, `backward(losses, features=z)`."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """Constructor arguments and their values, without those that are not data."""
@@ -200,11 +202,6 @@ class Aggregator(ABC):
     def objective(self, losses: Tensor, **taking_part: Any) -> Tensor:
         """What `parameters()` are trained on, from the detached losses `[T]`; 0-dim."""
         raise NotImplementedError(f"{self.name!r} has no learnable weights")
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether it works on gradients at a representation, `backward(losses, features=z)`."""
-        return False
 
     def end_epoch(self) -> None:  # noqa: B027
         """Called by the user at the end of an epoch; for methods that count epochs."""

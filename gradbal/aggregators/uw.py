@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from gradbal.aggregators.base import Scalarizer, in_range, one_of
+from gradbal.aggregators._learned import LearnedMixin
+from gradbal.aggregators.base import Scalarizer, one_of
 from gradbal.registry import Promises, register
 
 __all__ = ["UW", "uw"]
@@ -30,7 +29,7 @@ def _gain(aggregator: UW, n_tasks: int, norm: float) -> float:
     url="https://arxiv.org/abs/1705.07115",
     promises=Promises(heads="weighted", degree=1, gain=_gain, linear_row_scaling=True),
 )
-class UW(Scalarizer):
+class UW(LearnedMixin, Scalarizer):
     """Uncertainty weighting: each task has a learned log-variance.
 
     Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
@@ -60,8 +59,6 @@ class UW(Scalarizer):
     """
 
     linear = True
-    per_task_state = True
-    state_names = ("log_variance",)
 
     def __init__(
         self,
@@ -71,31 +68,10 @@ class UW(Scalarizer):
         weight_decay: float = 0.0,
         clamp: float | None = 10.0,
     ) -> None:
-        in_range("init", init, -10, 10)
+        self._learn(init, lr, weight_decay, clamp)
         for k in [kind] if isinstance(kind, str) else kind:
             one_of("kind", k, tuple(_FACTOR))
-        if lr is not None:
-            in_range("lr", lr, 0)
-        in_range("weight_decay", weight_decay, 0)
-        if clamp is not None:
-            in_range("clamp", clamp, 0, bounds="(]")
-        self.init = init
         self.kind = kind if isinstance(kind, str) else list(kind)
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.clamp = clamp
-        # Empty until T is known; the same object all along, since the optimizer holds it.
-        self.log_variance = Parameter(torch.empty(0))
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """One group: the log-variances, with their own learning rate and weight decay."""
-        group: dict[str, Any] = {
-            "params": [self.log_variance],
-            "weight_decay": self.weight_decay,
-        }
-        if self.lr is not None:
-            group["lr"] = self.lr
-        return [group]
 
     def kinds(self, n_tasks: int) -> list[str]:
         """The kind of each task; ValueError if another number was given."""
@@ -113,21 +89,8 @@ class UW(Scalarizer):
         Raises:
             ValueError: T differs from before, or from the number of kinds.
         """
-        s = self.log_variance
-        if s.numel() not in (0, n_tasks):
-            raise ValueError(f"`uw` has {s.numel()} tasks, found {n_tasks}")
         self.kinds(n_tasks)
-        if s.numel() == 0:
-            # Half precision would round steps of 0.001 away.
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            s.data = torch.full((n_tasks,), float(self.init), dtype=dtype, device=like.device)
-        elif s.device != like.device:
-            s.data = s.data.to(like.device)
-
-    def reset(self) -> None:
-        """The log-variances go back to `init`."""
-        with torch.no_grad():
-            self.log_variance.fill_(self.init)
+        super().prepare(n_tasks, like)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """`Σ a_i e^{−s_i} ℓ_i + ½ s_i` from losses `[T]`.
@@ -141,10 +104,7 @@ class UW(Scalarizer):
         """
         if tasks is None:
             self.prepare(len(losses), losses)
-        s, kinds = self.log_variance, self.kinds(self.log_variance.numel())
-        if self.clamp is not None:
-            with torch.no_grad():
-                s.clamp_(-self.clamp, self.clamp)
+        s, kinds = self.clamped(), self.kinds(self.learned.numel())
         if tasks is None:
             return uw(losses, s, kinds)
         return uw(losses, s[list(tasks)], [kinds[i] for i in tasks])

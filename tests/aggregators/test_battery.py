@@ -176,7 +176,7 @@ def test_a_zero_row_has_no_weight(name, case):
         return
     w = make(name).weights(j @ j.T)
     zero = (j == 0).all(1)
-    if name == "mgda":
+    if name in ("mgda", "mgda_ub"):
         # By definition: the point is Pareto stationary.
         assert not make(name).direction(j).any()
         w = make(name, ignore_zero_rows=True).weights(j @ j.T)
@@ -230,7 +230,7 @@ def test_linear_in_positive_row_scales(name, case, seed):
     assert error(parts, d, terms(make(name), (2 * a + 3 * b) * j)) < 1e-6
 
 
-@every
+@promising("settles")
 @given(case=cases(WELL_POSED))
 def test_float32_agrees_with_float64(name, case):
     j = suited(name, case).jacobian().float()
@@ -239,7 +239,7 @@ def test_float32_agrees_with_float64(name, case):
     assert error(make(name).direction(j), d, terms(aggregator, j)) < 1e-5
 
 
-@every
+@promising("settles")
 @given(case=cases(WELL_POSED))
 def test_a_wide_float32_jacobian_agrees_with_float64(name, case):
     # Beyond the size at which everything is done in float64 anyway.

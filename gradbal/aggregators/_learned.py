@@ -1,0 +1,80 @@
+"""What the methods with a learned logarithm for each task have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradbal.aggregators.base import in_range
+
+__all__ = ["LearnedMixin"]
+
+
+class LearnedMixin:
+    """For methods that learn `s [T]`, which joins the wrapped optimizer in a group of its own."""
+
+    name: ClassVar[str]
+    per_task_state: ClassVar[bool] = True
+    state_names: ClassVar[tuple[str, ...]] = ("learned",)
+
+    def _learn(
+        self, init: float, lr: float | None, weight_decay: float, clamp: float | None
+    ) -> None:
+        """Keeps the hyperparameters, checked, and makes an empty s.
+
+        Args:
+            init: the first s_i, in [-10, 10].
+            lr: learning rate of s; None takes the wrapped optimizer's.
+            weight_decay: of s.
+            clamp: s is kept in [-clamp, clamp], or None.
+        """
+        in_range("init", init, -10, 10)
+        if lr is not None:
+            in_range("lr", lr, 0)
+        in_range("weight_decay", weight_decay, 0)
+        if clamp is not None:
+            in_range("clamp", clamp, 0, bounds="(]")
+        self.init = init
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.clamp = clamp
+        # Empty until T is known; the same object all along, since the optimizer holds it.
+        self.learned = Parameter(torch.empty(0))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group: s, with its own learning rate and weight decay."""
+        group: dict[str, Any] = {"params": [self.learned], "weight_decay": self.weight_decay}
+        if self.lr is not None:
+            group["lr"] = self.lr
+        return [group]
+
+    def prepare(self, n_tasks: int, like: Tensor) -> None:
+        """Makes s, or checks that it has T entries.
+
+        Raises:
+            ValueError: T differs from before.
+        """
+        s = self.learned
+        if s.numel() not in (0, n_tasks):
+            raise ValueError(f"`{self.name}` has {s.numel()} tasks, found {n_tasks}")
+        if s.numel() == 0:
+            # Half precision would round steps of 0.001 away.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            s.data = torch.full((n_tasks,), float(self.init), dtype=dtype, device=like.device)
+        elif s.device != like.device:
+            s.data = s.data.to(like.device)
+
+    def clamped(self) -> Parameter:
+        """s, after it was brought back into its bounds."""
+        if self.clamp is not None:
+            with torch.no_grad():
+                self.learned.clamp_(-self.clamp, self.clamp)
+        return self.learned
+
+    def reset(self) -> None:
+        """s goes back to `init`."""
+        with torch.no_grad():
+            self.learned.fill_(self.init)
