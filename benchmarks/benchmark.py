@@ -9,7 +9,23 @@ from pathlib import Path
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["Benchmark", "Measure", "Preset", "Settings", "Split", "Splits", "Task"]
+__all__ = ["Benchmark", "Measure", "Network", "Preset", "Settings", "Split", "Splits", "Task"]
+
+
+class Network(nn.Module):
+    """A trunk with a head for each task."""
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """The representation that the heads start from."""
+        raise NotImplementedError
+
+    def outputs(self, features: Tensor) -> dict[str, Tensor]:
+        """By task, what its head makes of the features."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """By task, its output."""
+        return self.outputs(self.features(inputs))
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,7 @@ class Benchmark:
         presets: "default", "quick" and "full".
         load: makes the data; takes the settings and the folder for downloads.
         build: makes the network with a head for each of the named tasks; its output is a mapping
-            from task to output.
+            from task to output, the same as `outputs(features(inputs))`.
     """
 
     name: str
@@ -110,4 +126,4 @@ class Benchmark:
     methods: tuple[str, ...]
     presets: Mapping[str, Preset]
     load: Callable[[Settings, Path | None], Splits]
-    build: Callable[[Sequence[str]], nn.Module]
+    build: Callable[[Sequence[str]], Network]

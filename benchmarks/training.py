@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from benchmarks.benchmark import Benchmark, Settings, Split, Task
-from gradbal import MultiTaskOptimizer
+from gradbal import DoubleSamplingAggregator, MultiTaskOptimizer
 
-__all__ = ["Learner", "batches", "evaluate", "steps_per_run", "train"]
+__all__ = ["Learner", "batches", "evaluate", "steps_per_run", "take", "train"]
 
 _EVALUATION_BATCH = 1000
 
@@ -54,16 +54,35 @@ class Learner:
         return "sum(losses).backward()"
 
     def step(self, batch: Split) -> list[Tensor]:
-        """Make one training step and return the losses before it, 0-dim, one a task."""
-        outputs = self.model(batch.inputs)
-        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
-        self.optimizer.zero_grad()
-        if isinstance(self.optimizer, MultiTaskOptimizer):
-            self.optimizer.backward(losses)
-        else:
+        """Make one training step and return the losses before it, 0-dim, one a task.
+
+        A method that samples several independent batches gets equal parts of this one.
+        """
+        optimizer = self.optimizer
+        optimizer.zero_grad()
+        if not isinstance(optimizer, MultiTaskOptimizer):
+            losses = self._losses(batch)[1]
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        else:
+            method = optimizer.aggregator
+            n_parts = method.n_batches if isinstance(method, DoubleSamplingAggregator) else 1
+            parts = torch.arange(len(batch)).tensor_split(n_parts)
+            (features, losses), *others = [
+                self._losses(batch if n_parts == 1 else take(batch, part)) for part in parts
+            ]
+            optimizer.backward(
+                losses,
+                features=features if method.needs_features else None,
+                independent=[each for _, each in others],
+            )
+        optimizer.step()
         return losses
+
+    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
+        features = self.model.features(batch.inputs)
+        outputs = self.model.outputs(features)
+        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
+        return features, losses
 
 
 def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
@@ -72,7 +91,7 @@ def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
     for _ in range(settings.epochs):
         order = torch.randperm(len(split), generator=generator)
         for index in torch.split(order, settings.batch_size):
-            yield _take(split, index)
+            yield take(split, index)
 
 
 def steps_per_run(settings: Settings) -> int:
@@ -108,7 +127,7 @@ def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
         for task in learner.tasks
     }
     for index in torch.split(torch.arange(len(split)), _EVALUATION_BATCH):
-        batch = _take(split, index)
+        batch = take(split, index)
         outputs = learner.model(batch.inputs)
         for task, by_name in meters.items():
             for meter in by_name.values():
@@ -119,5 +138,6 @@ def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
     }
 
 
-def _take(split: Split, index: Tensor) -> Split:
+def take(split: Split, index: Tensor) -> Split:
+    """The examples with these indices."""
     return Split(split.inputs[index], {task: y[index] for task, y in split.targets.items()})

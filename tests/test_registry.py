@@ -23,14 +23,14 @@ def test_the_first_ten_methods_are_there():
 
 
 def test_listing_takes_a_shell_pattern():
-    assert gradbal.list_aggregators("*mtl*") == ["aligned_mtl", "imtl_g", "nash_mtl"]
+    assert gradbal.list_aggregators("[cu]*grad") == ["cagrad", "upgrad"]
     assert gradbal.list_aggregators("nothing*") == []
 
 
 def test_an_unknown_name_lists_the_near_misses():
     with pytest.raises(ValueError, match=r"unknown aggregator 'nashmtl'; did you mean `nash_mtl`"):
         gradbal.create("nashmtl")
-    with pytest.raises(ValueError, match="Known: aligned_mtl, cagrad, "):
+    with pytest.raises(ValueError, match="Known: aligned_mtl, "):
         gradbal.info("zzz")
 
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.benchmark import Network
+
 __all__ = ["LeNet"]
 
 
-class LeNet(nn.Module):
+class LeNet(Network):
     """LeNet for 36x36 images, shared up to 50 features, with one linear head a task.
 
     The network of *Multi-Task Learning as Multi-Objective Optimization* (Sener & Koltun, NeurIPS
@@ -32,10 +34,13 @@ class LeNet(nn.Module):
         # A third faster on CPUs at these sizes, and the same numbers up to rounding.
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map grey images `[B, 1, 36, 36]`, uint8 in 0..255, to logits `[B, 10]` by task."""
+    def features(self, images: Tensor) -> Tensor:
+        """Map grey images `[B, 1, 36, 36]`, uint8 in 0..255, to the shared features `[B, 50]`."""
         x = images.float() / 255
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        features = F.relu(self.fc(x.flatten(1)))
+        return F.relu(self.fc(x.flatten(1)))
+
+    def outputs(self, features: Tensor) -> dict[str, Tensor]:
+        """Map features `[B, 50]` to logits `[B, 10]` by task."""
         return {task: head(features) for task, head in self.heads.items()}

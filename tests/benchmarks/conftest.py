@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
-from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
+from benchmarks.benchmark import Benchmark, Measure, Network, Preset, Settings, Split, Splits, Task
 from benchmarks.catalog import BENCHMARKS
 
 
-class TinyModel(nn.Module):
+class TinyModel(Network):
     """Four inputs, three shared features, outputs `[B, 3]` (class) and `[B]` (size)."""
 
     def __init__(self, tasks):
@@ -22,8 +22,10 @@ class TinyModel(nn.Module):
         widths = {"class": 3, "size": 1}
         self.heads = nn.ModuleDict({task: nn.Linear(3, widths[task]) for task in tasks})
 
-    def forward(self, x):
-        z = torch.tanh(self.trunk(x))
+    def features(self, x):
+        return torch.tanh(self.trunk(x))
+
+    def outputs(self, z):
         return {task: head(z).squeeze(-1) for task, head in self.heads.items()}
 
 

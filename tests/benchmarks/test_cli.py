@@ -216,7 +216,7 @@ def test_divergence_is_a_failed_run(tmp_path, tiny, monkeypatch):
     [
         (("multimnits",), "found 'multimnits'; did you mean multimnist?"),
         (("multimnist", "--methods", "sum", "nashmtl"), "did you mean nash_mtl"),
-        (("multimnist", "--methods", "xyz"), "known: aligned_mtl, cagrad, "),
+        (("multimnist", "--methods", "xyz"), "known: aligned_mtl, "),
         (("multimnist", "--seeds", "0"), "`--seeds` must be at least 1, found 0"),
         (("multimnist", "--epochs", "-2"), "`--epochs` must be at least 1, found -2"),
         (("multimnist", "--quick", "--full"), "exclude each other"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import gradbal
 from benchmarks.timing import step_time_ratios
 from benchmarks.training import Learner, batches, evaluate, steps_per_run, train
 from tests.benchmarks.conftest import TINY
@@ -110,3 +111,28 @@ def test_a_method_that_raises_has_no_step_time():
     found = step_time_ratios(TINY, SETTINGS, SPLITS.train, ["sum", "none_such"], 1, lambda: None)
     assert list(found) == ["sum"]
     assert found["sum"] > 0
+
+
+METHODS = [n for n in gradbal.list_aggregators() if gradbal.info(n).promises.min_tasks <= 2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_trunk(method):
+    learner = _learner(method)
+    before = {name: value.clone() for name, value in _state(learner).items()}
+    for _ in range(3):
+        assert len(learner.step(SPLITS.train)) == 2
+    for name, value in _state(learner).items():
+        assert "heads" in name or not torch.equal(value, before[name])
+
+
+def test_a_method_of_independent_batches_gets_parts_of_the_batch(monkeypatch):
+    learner = _learner("sdmgrad")
+    seen = []
+    monkeypatch.setattr(learner.optimizer, "backward", lambda l, **more: seen.append((l, more)))
+    learner.step(SPLITS.train)
+    ((losses, more),) = seen
+    assert len(more["independent"]) == 2
+    assert more["features"] is None
+    values = [float(part[0].detach()) for part in (losses, *more["independent"])]
+    assert len(set(values)) == 3
