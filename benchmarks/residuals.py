@@ -289,6 +289,29 @@ def _uw(name: str, jacobian: Tensor) -> float:
     return float((w / (0.5 * torch.exp(-s)) - 1).abs().max())
 
 
+def _famo(name: str, jacobian: Tensor) -> float:
+    """`w_i ∝ z_i/D_i` for logits and losses far from equal."""
+    method = gradbal.create(name, min_losses=0.5)
+    losses = torch.logspace(0, 3, len(jacobian), dtype=torch.float64)
+    method.prepare(len(losses), losses)
+    method.logits = torch.linspace(-2, 2, len(losses), dtype=torch.float64)  # type: ignore[attr-defined]
+    w = method.loss_weights(losses).numpy()  # type: ignore[attr-defined]
+    wanted = np.exp(np.linspace(-2, 2, len(w))) / (losses.numpy() - 0.5)
+    return float(np.abs(w / (wanted / wanted.sum()) - 1).max())
+
+
+def _marigold(name: str, jacobian: Tensor) -> float:
+    """Two steps with given q, the projection on the simplex found by bisection."""
+    q = jacobian.numpy()[:, 0]
+    method = gradbal.create(name, gamma=0.3, rho=0.1)
+    v, scale, w = np.full(len(q), 1 / len(q)), 0.0, torch.empty(0)
+    for each in (q, q[::-1].copy()):
+        scale = max(scale, float(np.abs(each).max()))
+        v = _nearest_on_simplex(v - 0.3 * (each / scale + 0.1 * v))
+        w = method.step(torch.from_numpy(each))  # type: ignore[attr-defined]
+    return float(np.abs(w.numpy() - v).max())
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -316,6 +339,8 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "imtl_l": _imtl_l,
     "modo": _modo,
     "sdmgrad": _sdmgrad,
+    "famo": _famo,
+    "marigold": _marigold,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

@@ -160,7 +160,7 @@ def _run(
             learner = Learner(benchmark, plan.settings, tasks, None if single else method, seed)
             description = learner.description
             start = time.perf_counter()
-            train(learner, splits.train, plan.settings, seed, after_step)
+            train(learner, splits, plan.settings, seed, after_step)
             seconds += time.perf_counter() - start
             test.update(evaluate(learner, splits.test))
             validation.update(evaluate(learner, splits.validation))

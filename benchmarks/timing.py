@@ -42,7 +42,7 @@ def step_time_ratios(
         try:
             learners[method] = Learner(benchmark, settings, benchmark.tasks, method, seed=0)
             for _ in range(_WARM_UP_ROUNDS):
-                learners[method].step(batch)
+                learners[method].step(batch, batch)
         except Exception:
             # The training run meets the same error and records it.
             learners.pop(method, None)
@@ -55,7 +55,7 @@ def step_time_ratios(
         seconds = {}
         for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            learners[name].step(batch)
+            learners[name].step(batch, batch)
             seconds[name] = time.perf_counter() - start
         for method, values in ratios.items():
             values.append(seconds[method] / seconds[None])

@@ -9,10 +9,24 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from benchmarks.benchmark import Benchmark, Settings, Split, Task
-from gradbal import DoubleSamplingAggregator, MultiTaskOptimizer
+from benchmarks.benchmark import Benchmark, Settings, Split, Splits, Task
+from gradbal import (
+    BilevelAggregator,
+    ClosureAggregator,
+    DoubleSamplingAggregator,
+    MultiTaskOptimizer,
+)
 
-__all__ = ["Learner", "batches", "evaluate", "steps_per_run", "take", "train"]
+__all__ = [
+    "Learner",
+    "batches",
+    "evaluate",
+    "steps_per_epoch",
+    "steps_per_run",
+    "take",
+    "train",
+    "validation_batches",
+]
 
 _EVALUATION_BATCH = 1000
 
@@ -53,28 +67,40 @@ class Learner:
             return repr(self.optimizer.aggregator)
         return "sum(losses).backward()"
 
-    def step(self, batch: Split) -> list[Tensor]:
+    def step(self, batch: Split, held_out: Split) -> list[Tensor]:
         """Make one training step and return the losses before it, 0-dim, one a task.
 
-        A method that samples several independent batches gets equal parts of this one.
+        Args:
+            batch: what is trained on; a method that samples several independent batches gets equal
+                parts of it.
+            held_out: a validation batch, for the methods that look at one.
         """
         optimizer = self.optimizer
-        optimizer.zero_grad()
         if not isinstance(optimizer, MultiTaskOptimizer):
+            optimizer.zero_grad()
             losses = self._losses(batch)[1]
             torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        else:
-            method = optimizer.aggregator
-            n_parts = method.n_batches if isinstance(method, DoubleSamplingAggregator) else 1
-            parts = torch.arange(len(batch)).tensor_split(n_parts)
-            (features, losses), *others = [
-                self._losses(batch if n_parts == 1 else take(batch, part)) for part in parts
-            ]
-            optimizer.backward(
-                losses,
-                features=features if method.needs_features else None,
-                independent=[each for _, each in others],
-            )
+            optimizer.step()
+            return losses
+        method = optimizer.aggregator
+        closures: list[Callable[[], list[Tensor]]] = [lambda: self._losses(batch)[1]]
+        if isinstance(method, BilevelAggregator):
+            closures.append(lambda: self._losses(held_out)[1])
+        if isinstance(method, ClosureAggregator) and not isinstance(
+            method, DoubleSamplingAggregator
+        ):
+            return optimizer.step(*closures)  # type: ignore[no-any-return]
+        n_parts = method.n_batches if isinstance(method, DoubleSamplingAggregator) else 1
+        parts = torch.arange(len(batch)).tensor_split(n_parts)
+        (features, losses), *others = [
+            self._losses(batch if n_parts == 1 else take(batch, part)) for part in parts
+        ]
+        optimizer.zero_grad()
+        optimizer.backward(
+            losses,
+            features=features if method.needs_features else None,
+            independent=[each for _, each in others],
+        )
         optimizer.step()
         return losses
 
@@ -94,13 +120,30 @@ def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
             yield take(split, index)
 
 
+def validation_batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
+    """Random validation batches without end; they depend on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(settings.batch_size, len(split))
+    while True:
+        yield take(split, torch.randperm(len(split), generator=generator)[:size])
+
+
+def steps_per_epoch(settings: Settings) -> int:
+    """Number of training steps in one pass over the training data."""
+    return math.ceil(settings.train_size / settings.batch_size)
+
+
 def steps_per_run(settings: Settings) -> int:
     """Number of training steps of one network."""
-    return settings.epochs * math.ceil(settings.train_size / settings.batch_size)
+    return settings.epochs * steps_per_epoch(settings)
 
 
 def train(
-    learner: Learner, split: Split, settings: Settings, seed: int, after_step: Callable[[], None]
+    learner: Learner,
+    splits: Splits,
+    settings: Settings,
+    seed: int,
+    after_step: Callable[[], None],
 ) -> None:
     """Train for the fixed number of epochs, calling `after_step` after each step.
 
@@ -108,14 +151,19 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     learner.model.train()
-    for number, batch in enumerate(batches(split, settings, seed), start=1):
-        losses = learner.step(batch)
+    held_out = validation_batches(splits.validation, settings, seed)
+    for number, batch in enumerate(batches(splits.train, settings, seed), start=1):
+        losses = learner.step(batch, next(held_out))
         for task, loss in zip(learner.tasks, losses, strict=True):
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(
                     f"losses must be finite, found {loss.item()} for {task.name} in step {number}"
                 )
         after_step()
+        if number % steps_per_epoch(settings) == 0 and isinstance(
+            learner.optimizer, MultiTaskOptimizer
+        ):
+            learner.optimizer.end_epoch()
 
 
 @torch.no_grad()

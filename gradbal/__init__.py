@@ -4,6 +4,7 @@ import gradbal.aggregators as aggregators
 import gradbal.registry as registry
 from gradbal.aggregators.base import (
     Aggregator,
+    BilevelAggregator,
     ClosureAggregator,
     DoubleSamplingAggregator,
     GramianAggregator,
@@ -15,6 +16,7 @@ from gradbal.registry import Info, Promises, create, info, list_aggregators, reg
 
 __all__ = [
     "Aggregator",
+    "BilevelAggregator",
     "ClosureAggregator",
     "DoubleSamplingAggregator",
     "GramianAggregator",

@@ -136,6 +136,16 @@ class Balancer:
             self.tasks = before
             raise
 
+    def shared_parameters(self, batch: Losses, parameters: list[Tensor]) -> list[Tensor]:
+        """Those of the parameters that two or more losses reach."""
+        return self._apart(batch, torch.ones_like(batch.values), parameters)[0]
+
+    def conclude(self, batch: Losses, weights: Tensor | None) -> None:
+        """Books a step whose gradients were delivered from outside; `weights [T]` or None."""
+        self.tasks = batch.names
+        self._gather(batch, batch.values, frozenset())
+        self._finish(weights, torch.ones_like(batch.values), None, frozenset())
+
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
         self._pending = None

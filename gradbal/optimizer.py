@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbal._balancer import BackwardCall, Balancer
+from gradbal._closures import Closure, Evaluations, read_values
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
     Aggregator,
+    BilevelAggregator,
     ClosureAggregator,
     DoubleSamplingAggregator,
     GramianAggregator,
@@ -104,12 +106,18 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = _make_aggregator(aggregator, aggregator_kwargs)
         _check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
-        _check_fit(self.aggregator, heads, update_every, match_sum)
+        _check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
                 f"{self.aggregator.name!r} trains weights of its own, in a param group of their "
                 "own, which LBFGS does not support"
+            )
+        if isinstance(self.aggregator, ClosureAggregator) and isinstance(
+            optimizer, torch.optim.LBFGS
+        ):
+            raise ValueError(
+                f"{self.aggregator.name!r} does not work with LBFGS, which evaluates losses itself"
             )
         self._balancer = Balancer(
             self.aggregator,
@@ -128,6 +136,7 @@ class MultiTaskOptimizer(Optimizer):
         self._skip_step = False
         self._spoiled = False
         self._late: LateCheck | None = None
+        self._in_closure = False
 
     @property
     def weights(self) -> Tensor | None:
@@ -282,28 +291,42 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             closure: returns the losses. They are evaluated, `backward` is called on them with
                 gradients cleared before, and the wrapped optimizer steps; one that asks again
-                (LBFGS) gets `Σ w_i ℓ_i` with fresh weights every time.
-            val_closure: reserved.
+                (LBFGS) gets `Σ w_i ℓ_i` with fresh weights every time. Methods that look again
+                call it once more or twice: without grad, from the same random state, and with the
+                buffers of all modules (BatchNorm's running statistics) put back.
+            val_closure: returns the losses of a validation batch, the same within one step; for the
+                bilevel methods (`moml`, `auto_lambda`, `forum`).
 
         Returns:
             What the closure returned the first time, or what the wrapped optimizer's step returns.
+
+        Raises:
+            ValueError: the method needs a closure that is not there, or has no use for one that is.
         """
-        if val_closure is not None:
-            raise NotImplementedError("`val_closure` (bilevel methods) is not there yet")
+        aggregator = self.aggregator
+        self._check_closures(closure, val_closure)
         if closure is None:
             self._check_late()
             if self._skip_step:
                 return None
             return self.optimizer.step()
-        losses, first = self._evaluate(closure)
+        train = Closure(closure, self._devices())
+        if isinstance(aggregator, BilevelAggregator):
+            assert val_closure is not None
+            return self._bilevel_step(train, Closure(val_closure, self._devices()))
+        losses, first = self._evaluate(train)
         if self._skip_step:
             return losses
+        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_around:
+            self._look_around(aggregator, train, losses)
         answers = [first]
 
         def again() -> Tensor:
-            return answers.pop() if answers else self._evaluate(closure)[1]
+            return answers.pop() if answers else self._evaluate(train)[1]
 
         self.optimizer.step(again)  # type: ignore[arg-type]
+        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_after:
+            aggregator.update(read_values(train.again(grad=False), self._balancer.tasks))
         return losses
 
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
@@ -311,10 +334,13 @@ class MultiTaskOptimizer(Optimizer):
 
         Args:
             losses: T scalars, as in `backward`; a graph is not needed.
+
+        Raises:
+            TypeError, ValueError: not the losses of the same tasks.
         """
-        tensors = losses.values() if isinstance(losses, Mapping) else losses
-        values = torch.stack([torch.as_tensor(l).detach() for l in tensors])
-        self.aggregator.update(values)
+        if isinstance(self.aggregator, ClosureAggregator) and self.aggregator.looks_after:
+            self.aggregator.learning_rate = _learning_rate(self.optimizer)
+            self.aggregator.update(read_values(losses, self._balancer.tasks))
 
     def end_epoch(self) -> None:
         """Tells the aggregator that an epoch has ended; methods that do not count do nothing."""
@@ -430,6 +456,20 @@ class MultiTaskOptimizer(Optimizer):
     def _check_call(self, features: Any, independent: Sequence[Any], accumulate: bool) -> None:
         """Whether the method gets what it consumes, and nothing that it does not."""
         aggregator, name = self.aggregator, self.aggregator.name
+        if isinstance(aggregator, BilevelAggregator):
+            raise ValueError(
+                f"{name!r} looks at validation losses: call step(closure, val_closure), found a "
+                "call of `backward`"
+            )
+        if (
+            isinstance(aggregator, ClosureAggregator)
+            and aggregator.looks_around
+            and not self._in_closure
+        ):
+            raise ValueError(
+                f"{name!r} evaluates the losses at other points: call step(closure), found a call "
+                "of `backward`"
+            )
         if features is None and aggregator.needs_features:
             raise ValueError(
                 f"{name!r} works on gradients at a representation: call "
@@ -458,6 +498,80 @@ class MultiTaskOptimizer(Optimizer):
         if independent and accumulate:
             raise ValueError("independent batches cannot be gathered with accumulate=True")
 
+    def _check_closures(self, closure: Any, val_closure: Any) -> None:
+        """Whether the method gets the closures that it needs, and no others."""
+        aggregator, name = self.aggregator, self.aggregator.name
+        if isinstance(aggregator, BilevelAggregator):
+            missing = [
+                word
+                for word, given in (("closure", closure), ("val_closure", val_closure))
+                if given is None
+            ]
+            if missing:
+                raise ValueError(
+                    f"{name!r} looks at validation losses: call step(closure, val_closure), found "
+                    f"no {' and no '.join(missing)}"
+                )
+        elif val_closure is not None:
+            raise ValueError(f"{name!r} has no use for a `val_closure`, found one")
+        if (
+            isinstance(aggregator, DoubleSamplingAggregator)
+            and aggregator.n_batches > 1
+            and closure
+        ):
+            raise ValueError(
+                f"{name!r} takes independent batches: call backward(losses, independent=...) and "
+                "step(), found a closure"
+            )
+        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_around and not closure:
+            raise ValueError(
+                f"{name!r} evaluates the losses at other points: call step(closure), found no "
+                "closure"
+            )
+
+    def _devices(self) -> list[torch.device]:
+        """Where the trained parameters are."""
+        return sorted({p.device for p in self._trained()}, key=str)
+
+    def _look_around(self, aggregator: ClosureAggregator, train: Closure, losses: Any) -> None:
+        """Lets the method evaluate the closure around the current point, along the gradient."""
+        batch = read_losses(losses, self._balancer.tasks)
+        block = self._trained()
+        if aggregator.scope == "shared":
+            block = self._balancer.shared_parameters(batch, block)
+        evaluations = Evaluations(train, None, block, self.optimizer, batch.names)
+        aggregator.look(evaluations, batch.values)
+
+    def _bilevel_step(self, train: Closure, validation: Closure) -> Any:
+        aggregator, balancer = self.aggregator, self._balancer
+        assert isinstance(aggregator, BilevelAggregator)
+        self.zero_grad()
+        losses = train.first()
+        batch = read_losses(losses, balancer.tasks)
+        if self._absent(batch) is None:
+            self._n_skipped += 1
+            return losses
+        evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
+        evaluations.begin(batch)
+        before = aggregator.state_dict()
+        try:
+            aggregator.learning_rate = _learning_rate(self.optimizer)
+            aggregator.prepare(len(batch.names), batch.values)
+            found = aggregator.step(evaluations)
+        except BaseException as error:
+            aggregator.load_state_dict(before)
+            if isinstance(error, NonFiniteError) and balancer.nonfinite == "skip":
+                self._n_skipped += 1
+                return losses
+            raise
+        if aggregator.gives_gradient:
+            evaluations.deliver(found)
+        else:
+            batch.backward(found, self._trained(), False)
+        balancer.conclude(batch, None if aggregator.gives_gradient else found)
+        self.optimizer.step()
+        return losses
+
     def _absent(self, *batches: Losses) -> frozenset[int] | None:
         """Tasks that sit this step out since their loss is not finite; None skips the step."""
         policy, batch = self._balancer.nonfinite, batches[0]
@@ -483,15 +597,20 @@ class MultiTaskOptimizer(Optimizer):
         if bad:
             self._n_skipped += 1
             self._skip_step = True
+            if isinstance(self.aggregator, ClosureAggregator):
+                self.aggregator.give_up()
 
-    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, Tensor]:
+    def _evaluate(self, closure: Closure) -> tuple[Any, Tensor]:
         """Losses from the closure, balanced into `.grad`, and `Σ w_i ℓ_i`."""
         self.zero_grad()
-        with torch.enable_grad():
-            losses = closure()
+        losses = closure.first()
         if losses is None:
             raise TypeError("the closure must return the losses, found None")
-        self.backward(losses)
+        self._in_closure = True
+        try:
+            self.backward(losses)
+        finally:
+            self._in_closure = False
         self._check_late()
         if self.losses is None:
             return losses, torch.zeros(())
@@ -541,12 +660,17 @@ def _make_aggregator(aggregator: str | Aggregator, kwargs: dict[str, Any]) -> Ag
         raise TypeError(
             f"`aggregator` must be a name or an Aggregator, found {type(aggregator).__name__}"
         )
-    if isinstance(made, ClosureAggregator) and not isinstance(made, DoubleSamplingAggregator):
-        raise NotImplementedError("methods that evaluate a closure again are not there yet")
     return made
 
 
-def _check_fit(aggregator: Aggregator, heads: Any, update_every: int, match_sum: Any) -> None:
+def _check_fit(
+    aggregator: Aggregator,
+    heads: Any,
+    update_every: int,
+    match_sum: Any,
+    loss_transform: Any,
+    nonfinite: Any,
+) -> None:
     """Options that not every method can serve."""
     name = aggregator.name
     if isinstance(aggregator, JacobianAggregator):
@@ -559,6 +683,24 @@ def _check_fit(aggregator: Aggregator, heads: Any, update_every: int, match_sum:
                 f"update_every must be 1 for {name!r}, which has no weights to use again, "
                 f"found {update_every}"
             )
+    if isinstance(aggregator, BilevelAggregator):
+        found = {
+            "heads": heads or "weighted",
+            "update_every": update_every,
+            "loss_transform": loss_transform,
+        }
+        for option, wanted in (
+            ("heads", "weighted"),
+            ("update_every", 1),
+            ("loss_transform", None),
+        ):
+            if found[option] != wanted:
+                raise ValueError(
+                    f"{option} must be {wanted!r} for {name!r}, which weights losses of all "
+                    f"parameters alike at every step, found {found[option]!r}"
+                )
+        if nonfinite == "drop":
+            raise ValueError(f"nonfinite must be 'raise' or 'skip' for {name!r}, found 'drop'")
     one_of("match_sum", match_sum, (False, True))
     gain = aggregator.promises.gain
     if match_sum and (

@@ -1,6 +1,5 @@
 """Options and hyperparameters out of range, and entry points that are reserved."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -171,28 +170,9 @@ def test_reserved_engines(engine: str) -> None:
         MultiTaskOptimizer(_sgd(), jacobian=engine)
 
 
-def test_reserved_entry_points() -> None:
-    layer = nn.Linear(2, 2)
-    opt = MultiTaskOptimizer(SGD(layer.parameters(), lr=0.1))
-    y = layer(torch.ones(1, 2))
-    losses = [y.sum(), y.square().sum()]
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(NotImplementedError, match="val_closure"):
-        opt.step(lambda: losses, lambda: losses)
+def test_several_processes_are_reserved() -> None:
     with pytest.raises(NotImplementedError, match="process_group"):
         MultiTaskOptimizer(_sgd(), process_group=object())
-    assert layer.weight.grad is None
-    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-
-
-def test_closure_aggregators_are_reserved() -> None:
-    class Looks(gradbal.ClosureAggregator):
-        """Looks again."""
-
-        def step(self, *args: Any, **kwargs: Any) -> None: ...
-
-    with pytest.raises(NotImplementedError, match="closure"):
-        MultiTaskOptimizer(_sgd(), Looks())
 
 
 def test_a_direction_without_weights_allows_less() -> None:

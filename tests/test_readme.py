@@ -19,10 +19,10 @@ def test_the_table_of_methods_is_the_one_that_is_printed(capsys):
 def test_writing_the_table_into_a_file(tmp_path):
     file = tmp_path / "a.md"
     file.write_text(
-        "x\n<!-- methods: printed by python -m gradbal -->\nold\n<!-- end of methods -->"
+        "x\n<!-- methods: printed by python -m gradbal -->\nanother table\n<!-- end of methods -->"
     )
     assert main(["--write", str(file)]) == 0
-    assert "old" not in file.read_text()
+    assert "another table" not in file.read_text()
     assert "| `mgda` |" in file.read_text()
     file.write_text("no markers")
     with pytest.raises(ValueError, match="must have the lines"):

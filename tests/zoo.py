@@ -337,7 +337,7 @@ class ChangingGraph(Zoo):
 def trains_plainly(aggregator: str) -> bool:
     """Whether `backward(losses)` alone is what the method takes."""
     made = gradbal.create(aggregator)
-    return not made.needs_features and getattr(made, "n_batches", 1) == 1
+    return not made.needs_features and gradbal.info(aggregator).kind != "closure"
 
 
 METHODS = [

@@ -10,7 +10,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +21,12 @@ from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises
 from gradbal.solvers import ZERO_ROW, Array, Indices, cosine_matrix, positive_part
 
+if TYPE_CHECKING:
+    from gradbal._closures import Evaluations
+
 __all__ = [
     "Aggregator",
+    "BilevelAggregator",
     "ClosureAggregator",
     "DoubleSamplingAggregator",
     "GramianAggregator",
@@ -350,14 +354,15 @@ class Scalarizer(Aggregator):
         """What `parameters()` are trained on: the objective itself; 0-dim."""
         return self.scalarize(losses, **taking_part)
 
-    def loss_weights(self, losses: Tensor, **taking_part: Any) -> Tensor:
+    def loss_weights(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """`w [T]`, the derivative of the objective by each loss.
 
         Args:
-            losses: `[T]`.
-            **taking_part: goes to `scalarize`; `tasks`, where the method takes it.
+            losses: `[T]`, or `[k]` when `tasks` names the k tasks that take part.
+            tasks: passed on to `scalarize`, which takes it where `per_task_state` is set.
         """
         leaf = losses.detach().clone().requires_grad_()
+        taking_part: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
         with torch.enable_grad():
             (w,) = torch.autograd.grad(self.scalarize(leaf, **taking_part), leaf)
         return w
@@ -461,10 +466,46 @@ class ClosureAggregator(Aggregator):
     """Consumes the closure: losses evaluated again, validation losses, independent batches."""
 
     category = "closure"
+    looks_after: bool = False
+    """Whether it needs the losses after the optimizer's step, from the closure or `update`."""
+    looks_around: bool = False
+    """Whether it evaluates the closure at displaced parameters, in `look` before the step."""
+    scope: str = "all"
+    """The parameters that `look` displaces: "all", or the "shared" ones."""
 
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """One step of optimisation."""
+        """One step of the weights."""
+
+    def look(self, evaluations: Evaluations, losses: Tensor) -> None:
+        """Called after the backward pass and before the optimizer's step, if `looks_around`.
+
+        Args:
+            evaluations: losses at displaced parameters; `.grad` as a vector.
+            losses: `[T]`, at the current point.
+        """
+
+    def give_up(self) -> None:
+        """The step after the backward pass was left out."""
+
+
+class BilevelAggregator(ClosureAggregator):
+    """Consumes a training and a validation closure: `step(closure, val_closure)`."""
+
+    @abstractmethod
+    def step(self, evaluations: Evaluations) -> Tensor:
+        """The weights of this step's training losses, or a gradient of its own.
+
+        Args:
+            evaluations: losses and gradients of both closures, here and elsewhere.
+
+        Returns:
+            `w [T]`, with which the training losses are weighted in one backward pass over all
+            parameters; or a gradient `[P]` of all parameters, where `gives_gradient` is set.
+        """
+
+    gives_gradient: bool = False
+    """Whether `step` returns a gradient rather than weights."""
 
 
 class DoubleSamplingAggregator(ClosureAggregator):

@@ -72,7 +72,7 @@ class SDMGrad(SimplexStateMixin, DoubleSamplingAggregator):
 
     Example:
         >>> import torch
-        >>> SDMGrad(lam=0.0, lr=0.1).step(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+        >>> SDMGrad(lam=0.0, lr=0.5, n_iter=99).step(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
         tensor([0.2000, 0.8000])
     """
 

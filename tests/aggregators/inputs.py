@@ -72,7 +72,7 @@ def weights_of(aggregator: Aggregator, jacobian: Tensor) -> Tensor | None:
     wide = jacobian.double()
     if fresh.category == "gramian":
         return fresh.weights(wide @ wide.T, torch.ones(len(wide), dtype=wide.dtype))
-    if fresh.category == "scalarizer":
+    if isinstance(fresh, gradbal.Scalarizer):
         return fresh.loss_weights(torch.ones(len(wide), dtype=wide.dtype))
     if fresh.category == "closure":
         return fresh.step(wide @ wide.T)

@@ -59,7 +59,7 @@ def test_batches_keep_inputs_and_targets_together():
 def test_the_sum_method_trains_like_plain_pytorch():
     learners = [_learner(None), _learner("sum")]
     for learner in learners:
-        train(learner, SPLITS.train, SETTINGS, 0, lambda: None)
+        train(learner, SPLITS, SETTINGS, 0, lambda: None)
     for name, value in _state(learners[0]).items():
         torch.testing.assert_close(value, _state(learners[1])[name])
     assert not torch.equal(
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_stops_the_training():
     tasks = (replace(TINY.tasks[0], loss=lambda output, target: output.sum() * math.nan),)
     learner = _learner(None, tasks=tasks)
     with pytest.raises(FloatingPointError, match="found nan for class in step 1"):
-        train(learner, SPLITS.train, SETTINGS, 0, lambda: None)
+        train(learner, SPLITS, SETTINGS, 0, lambda: None)
 
 
 def test_evaluate_agrees_with_a_count_by_hand(monkeypatch):
@@ -93,7 +93,7 @@ def test_step_times_are_ratios_to_the_plain_sum(monkeypatch):
         def __init__(self, benchmark, settings, tasks, method, seed):
             self.method = method
 
-        def step(self, batch):
+        def step(self, batch, held_out):
             nonlocal now
             now += durations[self.method]
 
@@ -121,7 +121,7 @@ def test_every_method_trains_the_trunk(method):
     learner = _learner(method)
     before = {name: value.clone() for name, value in _state(learner).items()}
     for _ in range(3):
-        assert len(learner.step(SPLITS.train)) == 2
+        assert len(learner.step(SPLITS.train, SPLITS.validation)) == 2
     for name, value in _state(learner).items():
         assert "heads" in name or not torch.equal(value, before[name])
 
@@ -130,7 +130,7 @@ def test_a_method_of_independent_batches_gets_parts_of_the_batch(monkeypatch):
     learner = _learner("sdmgrad")
     seen = []
     monkeypatch.setattr(learner.optimizer, "backward", lambda l, **more: seen.append((l, more)))
-    learner.step(SPLITS.train)
+    learner.step(SPLITS.train, SPLITS.validation)
     ((losses, more),) = seen
     assert len(more["independent"]) == 2
     assert more["features"] is None
