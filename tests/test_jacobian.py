@@ -11,9 +11,9 @@ from torch.optim import SGD
 import gradbal
 from gradbal import MultiTaskOptimizer
 from gradbal.jacobian import BLOCK, SMALL, Rows, combine, gramian, reached_parameters
-from tests.zoo import make
+from tests.zoo import METHODS, make
 
-GRAMIAN = [n for n in gradbal.list_aggregators() if gradbal.info(n).kind == "gramian"]
+GRAMIAN = [n for n in METHODS if gradbal.info(n).kind == "gramian"]
 WIDTHS = [1, 7, BLOCK - 1, BLOCK, BLOCK + 1, SMALL // 3, SMALL // 3 + 1, 9 * BLOCK + 13]
 # The contract: cosines are right to 1e-6 whatever the precision.
 TOLERANCE = {

@@ -43,6 +43,7 @@ class LearnedMixin:
         self.clamp = clamp
         # Empty until T is known; the same object all along, since the optimizer holds it.
         self.learned = Parameter(torch.empty(0))
+        self._n_tasks = 0
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group: s, with its own learning rate and weight decay."""
@@ -52,27 +53,30 @@ class LearnedMixin:
         return [group]
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
-        """Makes s, or checks that it has T entries.
+        """Checks that s has T entries, if it has any yet.
 
         Raises:
-            ValueError: T differs from before.
+            ValueError: it has not.
         """
+        if self.learned.numel() not in (0, n_tasks):
+            raise ValueError(f"`{self.name}` has {self.learned.numel()} tasks, found {n_tasks}")
+        self._n_tasks = n_tasks
+
+    def clamped(self, like: Tensor) -> Parameter:
+        """s, made or brought back into its bounds; of at least the dtype and on the device of
+        `like`. Only a step that is taken gets here."""
         s = self.learned
-        if s.numel() not in (0, n_tasks):
-            raise ValueError(f"`{self.name}` has {s.numel()} tasks, found {n_tasks}")
         if s.numel() == 0:
             # Half precision would round steps of 0.001 away.
             dtype = torch.promote_types(like.dtype, torch.float32)
-            s.data = torch.full((n_tasks,), float(self.init), dtype=dtype, device=like.device)
+            first = float(self.init)
+            s.data = torch.full((self._n_tasks,), first, dtype=dtype, device=like.device)
         elif s.device != like.device:
             s.data = s.data.to(like.device)
-
-    def clamped(self) -> Parameter:
-        """s, after it was brought back into its bounds."""
         if self.clamp is not None:
             with torch.no_grad():
-                self.learned.clamp_(-self.clamp, self.clamp)
-        return self.learned
+                s.clamp_(-self.clamp, self.clamp)
+        return s
 
     def reset(self) -> None:
         """s goes back to `init`."""

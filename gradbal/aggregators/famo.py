@@ -86,15 +86,23 @@ class FAMO(ClosureAggregator, Scalarizer):
         self.logits: Tensor | None = None
         self.moments: Moments | None = None
         self.before: Tensor | None = None
+        self._n_tasks = 0
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
-        """Makes the logits, or checks that there are T of them.
+        """Checks T, and that the losses after the last step have come.
 
         Raises:
             ValueError: T differs from before or from the number of bounds; the losses after the
                 last step have not come.
         """
-        self._make(n_tasks, like)
+        if isinstance(self.min_losses, list) and len(self.min_losses) != n_tasks:
+            raise ValueError(
+                f"`min_losses` must have one entry for each of {n_tasks} tasks, found "
+                f"{len(self.min_losses)}"
+            )
+        if self.logits is not None and len(self.logits) != n_tasks:
+            raise ValueError(f"`famo` has {len(self.logits)} tasks, found {n_tasks}")
+        self._n_tasks = n_tasks
         if self.before is not None and not self.lazy:
             raise ValueError(
                 "'famo' needs the losses after each step: call step(closure), or "
@@ -102,17 +110,13 @@ class FAMO(ClosureAggregator, Scalarizer):
                 "`backward`"
             )
 
-    def _make(self, n_tasks: int, like: Tensor) -> None:
-        if isinstance(self.min_losses, list) and len(self.min_losses) != n_tasks:
-            raise ValueError(
-                f"`min_losses` must have one entry for each of {n_tasks} tasks, found "
-                f"{len(self.min_losses)}"
-            )
+    def _current(self, like: Tensor) -> Tensor:
+        """ξ `[T]`, made if need be, on the device of `like`."""
         if self.logits is None:
             dtype = torch.promote_types(like.dtype, torch.float32)
+            n_tasks = self._n_tasks or len(like)
             self.logits = torch.zeros(n_tasks, dtype=dtype, device=like.device)
-        elif len(self.logits) != n_tasks:
-            raise ValueError(f"`famo` has {len(self.logits)} tasks, found {n_tasks}")
+        return self.logits.to(like.device)
 
     def _above(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """D `[T]` or `[k]`."""
@@ -141,25 +145,19 @@ class FAMO(ClosureAggregator, Scalarizer):
             losses: `[T]`, or `[k]` when `tasks` names the k tasks that take part.
             tasks: indices of the tasks that take part; None for all.
         """
-        losses = losses.detach()
-        if tasks is None:
-            self._make(len(losses), losses)
-        assert self.logits is not None
-        above = self._above(losses, tasks)
+        above = self._above(losses.detach(), tasks)
         if self.lazy and self.before is not None:
             self._learn(above, tasks)
-        whole = torch.full_like(self.logits, float("nan"), device=losses.device)
+        logits = self._current(above)
+        whole = torch.full_like(logits, float("nan"))
         index = slice(None) if tasks is None else list(tasks)
         whole[index] = above.to(whole)
         self.before = whole
-        logits = self.logits.to(losses.device)[index]
-        return famo(above, logits.to(torch.promote_types(losses.dtype, torch.float32)))
+        return famo(above, logits[index])
 
     def scalarize(self, losses: Tensor) -> Tensor:
         """`c Σ z_i log D_i`, c without a gradient; 0-dim."""
-        self._make(len(losses), losses)
-        assert self.logits is not None
-        z = self.logits.to(losses).softmax(0)
+        z = self._current(losses).to(losses).softmax(0)
         above = self._above(losses)
         return (z * above.log()).sum() / (z / above.detach()).sum()
 

@@ -92,8 +92,8 @@ class IMTL(LearnedMixin, GramianAggregator):
             ValueError: another number of tasks than before.
         """
         if tasks is None:
-            self.prepare(len(gramian), gramian if losses is None else losses)
-        s = self.clamped().detach()
+            self.prepare(len(gramian), gramian)
+        s = self.clamped(gramian if losses is None else losses).detach()
         s = s if tasks is None else s[list(tasks)]
         self._factors = s.to(gramian.device, torch.float64).exp()
         return imtl(gramian, self._factors, guard=self.guard)

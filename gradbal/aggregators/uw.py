@@ -84,7 +84,7 @@ class UW(LearnedMixin, Scalarizer):
         return self.kind
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
-        """Makes the log-variances, or checks that there are T of them.
+        """Checks that there are T log-variances, if there are any yet.
 
         Raises:
             ValueError: T differs from before, or from the number of kinds.
@@ -104,7 +104,8 @@ class UW(LearnedMixin, Scalarizer):
         """
         if tasks is None:
             self.prepare(len(losses), losses)
-        s, kinds = self.clamped(), self.kinds(self.learned.numel())
+        s = self.clamped(losses)
+        kinds = self.kinds(len(s))
         if tasks is None:
             return uw(losses, s, kinds)
         return uw(losses, s[list(tasks)], [kinds[i] for i in tasks])
