@@ -240,7 +240,7 @@ def _aligned_mtl(name: str, jacobian: Tensor) -> float:
     gap = np.abs(w @ j - aligned.sum(0) / len(jacobian)) / terms.mean()
     if independent:
         s = 1 / np.linalg.eigvalsh(np.linalg.inv(u @ u.T) / n[:, None] / n).max()
-        return _worst(gap, np.abs(aligned @ aligned.T - s * np.eye(size)) / terms[:, None] / terms)
+        return _worst(gap, np.abs(aligned @ aligned.T - s * np.eye(size)) / terms.max() ** 2)
     left, values, right = np.linalg.svd(j, full_matrices=False)
     relative = (values / values[0]) ** 2
     if ((relative > 0.5e-12) & (relative < 2e-12)).any():
