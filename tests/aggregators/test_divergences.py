@@ -156,17 +156,17 @@ def test_rows_whose_products_their_precision_cannot_hold(name, dtype, scale, n_t
     assert float((d.double() - wanted).norm()) <= 4 * rounding * size
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e3])
-def test_mgda_ends_at_the_optimum_and_not_after_so_many_steps(spread):
-    # Forty nearly parallel rows, on which Frank-Wolfe zigzags.
-    rng = np.random.default_rng(0)
-    j = np.ones(60) + 1e-2 * rng.standard_normal((40, 60))
-    j *= spread ** rng.uniform(-0.5, 0.5, (40, 1))
+@pytest.mark.parametrize("angle", [1e-2, 1.0])
+def test_mgda_ends_at_the_optimum_and_not_after_so_many_steps(angle):
+    # A hundred steps of Frank-Wolfe leave a gap of 1e-2 angle² and a weight on all forty rows.
+    j = np.ones(60) + angle * np.random.default_rng(0).standard_normal((40, 60))
+    j /= np.linalg.norm(j, axis=1, keepdims=True)
     w = mgda(torch.from_numpy(j @ j.T)).numpy()
-    d, n = w @ j, np.linalg.norm(j, axis=1)
-    gap = (j @ d - d @ d) / (n * (w @ n))
-    assert gap.min() > -1e-13
-    assert np.abs(gap[w > 0]).max() < 1e-13
+    d = w @ j
+    gap = j @ d - d @ d
+    assert gap.min() > -1e-14
+    assert np.abs(gap[w > 0]).max() < 1e-14
+    assert 10 < (w > 0).sum() < 20
     assert (w >= 0).all()
     assert w.sum() == pytest.approx(1)
 
