@@ -167,7 +167,10 @@ def residuals(
                 progress.advance(task)
             table.add_row(name, *cells)
     console.print(table)
-    console.print("Relative to the size of the terms that cancel. –: not defined on this family.")
+    console.print(
+        "Relative to the size of the terms that cancel. Jacobians for which a condition is not "
+        "defined are left out; –: defined for none."
+    )
     for line in legend:
         console.print(line)
     for name, residual in RESIDUALS.items():

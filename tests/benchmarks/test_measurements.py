@@ -32,7 +32,7 @@ def test_residuals_prints_a_row_for_every_method_and_says_what_it_means(monkeypa
         assert (f"\n{family}: " in done.output) == (family != "zero")
     (line,) = (line for line in done.output.splitlines() if line.startswith("│ uw "))
     assert line.count("–") == len(FAMILIES) - 1
-    assert "–: not defined on this family" in done.output
+    assert "–: defined for none." in done.output
     assert "…" not in done.output
 
 
