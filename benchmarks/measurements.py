@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from functools import partial
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,8 +16,6 @@ from benchmarks.errors import BadInput, BenchmarkError
 __all__ = ["add_commands"]
 
 speed = typer.Typer(help="Ratios of CPU time, interleaved, medians.", no_args_is_help=True)
-
-_SCALES = (1e-8, 1e-4, 1.0, 1e4, 1e8)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -120,10 +120,14 @@ def _counts(tasks: str) -> list[int]:
 
 def residuals(
     jacobians: Annotated[int, typer.Option(help="Random Jacobians a cell.")] = 1000,
-    spread: Annotated[float, typer.Option(help="Largest over smallest row scale.")] = 1e6,
+    by: Annotated[str, typer.Option(help="What the columns are: family or scale.")] = "family",
+    spread: Annotated[
+        float, typer.Option(help="With --by scale: largest over smallest row scale.")
+    ] = 1e6,
     seed: Annotated[int, typer.Option(help="Of the Jacobians.")] = 0,
 ) -> None:
-    """How exactly each method solves its own problem: worst relative residual by scale."""
+    """How exactly each method solves its own problem: worst relative residual by input family."""
+    from benchmarks.jacobians import FAMILIES, SCALES, describe, hard_jacobian, random_jacobian
     from benchmarks.residuals import RESIDUALS, worst_residuals
 
     if jacobians < 1 or not spread >= 1:
@@ -132,27 +136,48 @@ def residuals(
                 f"`--jacobians` and `--spread` must be at least 1, found {jacobians}, {spread}"
             )
         )
+    if by == "family":
+        # A Jacobian of zeros has no size to measure a residual by.
+        families = [family for family in FAMILIES if family != "zero"]
+        columns = {family: partial(hard_jacobian, family=family) for family in families}
+        legend = [f"{family}: {describe(family)}" for family in families]
+        title = "each times " + ", ".join(f"{scale:g}" for scale in SCALES[:-1])
+        title += f" or {SCALES[-1]:g}"
+    elif by == "scale":
+        columns = {
+            f"{scale:.0e}": partial(random_jacobian, spread=spread, scale=scale) for scale in SCALES
+        }
+        legend, title = [], f"Gaussian, row norms spread by {spread:.0e}"
+    else:
+        _stop(BadInput(f"`--by` must be family or scale, found {by!r}"))
     console = Console(highlight=False)
-    table = Table(
-        title=f"Worst residual of {jacobians} random Jacobians, row norms spread by {spread:.0e}"
-    )
-    table.add_column("method \\ scale")
-    for scale in _SCALES:
-        table.add_column(f"{scale:.0e}", justify="right")
+    # On fewer columns figures would be cut off.
+    console.width = max(console.width, 16 * len(columns))
+    table = Table(title=f"Worst residual of {jacobians} random Jacobians, {title}")
+    table.add_column(f"method \\ {by}")
+    for column in columns:
+        table.add_column(column.replace("_", "\n"), justify="right")
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("solving", total=len(RESIDUALS) * len(_SCALES))
+        task = progress.add_task("solving", total=len(RESIDUALS) * len(columns))
         for name in RESIDUALS:
             cells = []
-            for scale in _SCALES:
-                cells.append(f"{worst_residuals(name, jacobians, spread, scale, seed)[1]:.0e}")
+            for draw in columns.values():
+                worst = worst_residuals(name, jacobians, draw, seed)[1]
+                cells.append("–" if math.isnan(worst) else f"{worst:.0e}")
                 progress.advance(task)
             table.add_row(name, *cells)
     console.print(table)
+    console.print(
+        "Relative to the size of the terms that cancel. Jacobians for which a condition is not "
+        "defined are left out; –: defined for none."
+    )
+    for line in legend:
+        console.print(line)
     for name, residual in RESIDUALS.items():
         condition = residual.__doc__ or "The sum of the rows with the method's fixed weights."
         console.print(f"{name}: {' '.join(condition.split())}")
 
 
-def _stop(error: BenchmarkError) -> None:
+def _stop(error: BenchmarkError) -> NoReturn:
     typer.echo(f"Error: {error}", err=True)
     raise typer.Exit(error.exit_code)

@@ -1,16 +1,21 @@
 """How exactly each aggregator solves its own problem, on random Jacobians: a table.
 
 Every residual is computed from the rows with formulas of its own, in float64, and is relative: to
-the norms of the rows in question and to the size of the terms that cancel.
+the norms of the rows in question and to the size of the terms that cancel. Rows that are zero, up
+to 1e-12 of the largest, belong to tasks that take no part: their weights must be zero, and the
+condition is that of the other rows. NaN says that a method's condition is not defined for the
+Jacobian; a NaN that a method returns counts as inf.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import gradbal
@@ -19,40 +24,49 @@ from gradbal.aggregators.cagrad import cagrad
 from gradbal.aggregators.pcgrad import pcgrad, random_orders
 from gradbal.aggregators.upgrad import upgrad
 
-__all__ = ["RESIDUALS", "random_jacobian", "worst_residuals"]
+__all__ = ["RESIDUALS", "worst_residuals"]
 
 Array = NDArray[np.float64]
 
 
-def random_jacobian(rng: np.random.Generator, spread: float, scale: float) -> Tensor:
-    """A Gaussian Jacobian `[T, P]`, T in 2..10 and P in T..200, with rescaled rows.
+def _norms(j: Array) -> Array:
+    return np.asarray(np.linalg.norm(j, axis=1))
 
-    Args:
-        rng: draws shape, entries and row scales.
-        spread: largest over smallest row scale; the scales are log-uniform between.
-        scale: what everything is multiplied by.
 
-    Returns:
-        `[T, P]`, float64.
-    """
-    n_tasks = int(rng.integers(2, 11))
-    width = int(rng.integers(n_tasks, 201))
-    rows = rng.standard_normal((n_tasks, width))
-    rows *= spread ** rng.uniform(-0.5, 0.5, (n_tasks, 1)) * scale
-    return torch.from_numpy(rows)
+def _active(j: Array) -> NDArray[np.bool_]:
+    n = _norms(j)
+    return np.asarray(n > 1e-12 * n.max())
+
+
+def _worst(*gaps: ArrayLike) -> float:
+    """The largest of all entries; inf where one is NaN, which must not pass for "not defined"."""
+    return max(float(np.max(np.nan_to_num(gap, nan=np.inf, posinf=np.inf))) for gap in gaps)
+
+
+def _relative(gap: ArrayLike, size: ArrayLike) -> Array:
+    """`|gap|/size`, and 0 for 0/0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(np.equal(gap, 0), 0.0, np.abs(gap) / np.asarray(size)))
+
+
+def _solved(method: Any, jacobian: Tensor) -> tuple[Array, Array]:
+    """The rows that are not zero and their weights: NaN if a zero row has a weight."""
+    j, w = jacobian.numpy(), method.weights(jacobian @ jacobian.T).numpy()
+    active = _active(j)
+    return j[active], w[active] if not w[~active].any() else np.full(active.sum(), np.nan)
 
 
 def _products(j: Array, w: Array) -> tuple[Array, Array, Array]:
     """The row norms, `Gw` and the size of the terms in `(Gw)_i`."""
-    n = np.linalg.norm(j, axis=1)
-    return n, j @ (j.T @ w), n * (np.abs(w) @ n)
+    n = _norms(j)
+    return n, j @ (w @ j), n * (np.abs(w) @ n)
 
 
 def _combination(expected: Callable[[Array], Array]) -> Callable[[str, Tensor], float]:
     def residual(name: str, jacobian: Tensor) -> float:
         d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
         j = jacobian.numpy()
-        return float(np.abs(d - expected(j)).max() / np.abs(j).max())
+        return _worst(np.abs(d - expected(j)) / np.abs(j).max())
 
     return residual
 
@@ -60,172 +74,233 @@ def _combination(expected: Callable[[Array], Array]) -> Callable[[str, Tensor], 
 def _unit_rows(name: str, jacobian: Tensor) -> float:
     """d is the sum of the unit rows."""
     d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
-    j = jacobian.numpy()
-    return float(np.abs(d - (j / np.linalg.norm(j, axis=1, keepdims=True)).sum(0)).max())
+    j = jacobian.numpy()[_active(jacobian.numpy())]
+    return _worst(np.abs(d - (j / np.linalg.norm(j, axis=1, keepdims=True)).sum(0)))
 
 
 def _rlw(name: str, jacobian: Tensor) -> float:
-    """The weights, recovered from d by least squares, are on the simplex."""
-    d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
-    j = jacobian.numpy()
-    n = np.linalg.norm(j, axis=1)
-    w = np.linalg.lstsq((j / n[:, None]).T, d, rcond=None)[0] / n
-    # A row 1e6 times smaller than the largest is recovered 1e6 times less accurately.
-    return float(max(-w.min(), abs(w.sum() - 1)) * n.min() / n.max())
+    """The weights are on the simplex, and d is the rows' combination with them."""
+    method: Any
+    method, again = (
+        gradbal.create(name, generator=torch.Generator().manual_seed(0)) for _ in range(2)
+    )
+    d, j = again.direction(jacobian).numpy(), jacobian.numpy()  # type: ignore[attr-defined]
+    if method.category == "gramian":
+        w = method.weights(jacobian @ jacobian.T).numpy()
+    else:
+        w = method.loss_weights(torch.ones(len(j), dtype=torch.float64)).numpy()
+    gap = np.abs(d - w @ j) / (np.abs(w) @ _norms(j))
+    return _worst(gap, -w.min(), abs(w.sum() - 1))
 
 
 def _primary(name: str, jacobian: Tensor) -> float:
-    """`⟨d, g_i⟩ ≥ 0` and `λ_i ≥ 0` for the secondary tasks, and not both positive."""
-    j = jacobian.numpy()
-    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    n, gw, _ = _products(j, w)
-    gains = (gw / n / (np.abs(w) @ n))[1:]
-    violation = np.where(w[1:] > 0, np.abs(gains), np.maximum(-gains, 0))
-    return float(max(violation.max(), -w[1:].min(), abs(w[0] - 1)))
+    """`⟨d, g_i⟩ ≥ 0` and `λ_i ≥ 0` for the secondary tasks, and not both positive.
+
+    d = 0 where the primary row is zero.
+    """
+    j, w = _solved(gradbal.create(name), jacobian)
+    if not _active(jacobian.numpy())[0]:
+        return _worst(np.abs(w))
+    _, gw, size = _products(j, w)
+    gains, above = _relative(gw, size)[1:] * np.sign(gw[1:]), w[1:]
+    violation = np.where(above > 0, np.abs(gains), np.maximum(-gains, 0))
+    return _worst(np.append(violation, 0), -above.min(initial=0), abs(w[0] - 1))
 
 
 def _pcgrad(name: str, jacobian: Tensor) -> float:
     """The same projections in the same order, on the vectors themselves."""
     j = jacobian.numpy()
+    active = _active(j)
     orders = random_orders(len(j), torch.Generator().manual_seed(0))
     w = pcgrad(jacobian @ jacobian.T, orders).numpy()
-    total, size = np.zeros(j.shape[1]), 0.0
-    for i, order in enumerate(orders.numpy()):
+    total = np.zeros(j.shape[1])
+    for i in np.flatnonzero(active):
         v = j[i].copy()
-        for k in order:
+        for k in orders[i].numpy():
             s = v @ j[k]
-            if s < 0:
+            if active[k] and s < 0:
                 v -= s / (j[k] @ j[k]) * j[k]
         total += v
-        size = max(size, float(np.linalg.norm(v)))
-    return float(np.linalg.norm(w @ j - total) / size)
+    return _worst(np.linalg.norm(w @ j - total) / (w @ _norms(j)), np.abs(w[~active]).sum())
 
 
 def _mgda(name: str, jacobian: Tensor) -> float:
-    """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
+    """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex; so d = 0 with a zero row."""
     j = jacobian.numpy()
     w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
     _, gw, size = _products(j, w)
-    gap = gw - w @ gw
-    violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0)) / size
-    return float(max(violation.max(), -w.min(), abs(w.sum() - 1)))
+    gap = gw - (w @ j) @ (w @ j)
+    violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0))
+    return _worst(_relative(violation, size), -w.min(), abs(w.sum() - 1))
 
 
 def _upgrad(name: str, jacobian: Tensor) -> float:
     """Every projection fulfils its KKT conditions, and they add up to the method's weights."""
-    j = jacobian.numpy()
-    gramian = jacobian @ jacobian.T
+    j, w = _solved(gradbal.create(name), jacobian)
+    gramian = torch.from_numpy(j @ j.T)
     total, worst = np.zeros(len(j)), 0.0
     for i in range(len(j)):
         unit = np.eye(len(j))[i]
         v = upgrad(gramian, unit).numpy()
         n, gv, size = _products(j, v)
         z = v - unit
-        worst = max(worst, float((np.maximum(-gv, 0) / size).max()), float((-z * n).max() / n[i]))
-        worst = max(worst, float((np.where(z > 0, np.abs(gv), 0) / size).max()))
-        total += v / len(j)
-    w = gradbal.create(name).weights(gramian).numpy()  # type: ignore[attr-defined]
-    return max(worst, float(np.abs((w - total) / w).max()))
+        violation = np.where(z > 0, np.abs(gv), np.maximum(-gv, 0)) / size
+        worst = _worst(worst, violation, -z * n / n[i])
+        total += v / len(jacobian)
+    return _worst(worst, np.abs((w - total) @ j) / (w @ n))
 
 
 def _dualproj(name: str, jacobian: Tensor) -> float:
     """`Gw ≥ 0` and `w ≥ 1/T`, and no weight above that where `(Gw)_i > 0`."""
-    j = jacobian.numpy()
-    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    n, gw, _ = _products(j, w)
-    gains = gw / n / (w @ n)
-    above = w - 1 / len(j)
-    violation = np.where(above > 0, np.abs(gains), np.maximum(-gains, 0))
-    return float(max(violation.max(), -above.min()))
+    j, w = _solved(gradbal.create(name), jacobian)
+    _, gw, size = _products(j, w)
+    above = w - 1 / len(jacobian)
+    violation = np.where(above > 0, np.abs(gw), np.maximum(-gw, 0)) / size
+    return _worst(violation, -above.min())
 
 
 def _cagrad(name: str, jacobian: Tensor) -> float:
-    """`|d − g_0| = c|g_0|`, and the worst gain equals the bound by the best w: no duality gap."""
-    j, c = jacobian.numpy(), 0.5
-    w = cagrad(jacobian @ jacobian.T, c).numpy()
-    mean = j.mean(0)
+    """`|d − g_0| = c|g_0|`, and no gain is below the bound by w, where w_i > 0 none above it.
+
+    d = g_0 where no worst gain above 0 can be had, at Pareto-stationary points: there the rows have
+    a convex combination that vanishes, and a point of the ball conflicts with none of them.
+    """
+    c = 0.5
+    gramian, mean = jacobian @ jacobian.T, jacobian.numpy().mean(0)
+    active = _active(jacobian.numpy())
+    j, w = jacobian.numpy()[active], cagrad(gramian, c).numpy()
+    radius, n = c * float(np.linalg.norm(mean)), _norms(j)
+    if w[~active].any():
+        return math.inf
+    w, uniform = w[active], 1 / len(w)
+    if (w == uniform).all():
+        x, y = (
+            gradbal.create(other, **keywords).weights(gramian).numpy()[active]  # type: ignore[attr-defined]
+            for other, keywords in (("dualproj", {}), ("mgda", {"ignore_zero_rows": True}))
+        )
+        inside = np.maximum(-(j @ (x @ j)) / (n * (x @ n)), 0)
+        beyond = max(float(np.linalg.norm(x @ j - mean)) - radius, 0.0) / (uniform * n.sum())
+        return _worst(inside, beyond, np.linalg.norm(y @ j) / (y @ n))
     step = w @ j - mean
-    radius = c * float(np.linalg.norm(mean))
-    v = (w - 1 / len(j)) / (w - 1 / len(j)).sum()
+    v = (w - uniform) / (w - uniform).sum()
     combined = v @ j
     bound = combined @ mean + radius * np.linalg.norm(combined)
-    worst = (j @ (mean + step)).min()
-    # The gains' own size: how far the least of them can move inside the ball.
-    size = (np.abs(v) @ np.linalg.norm(j, axis=1)) * (np.linalg.norm(mean) + radius)
-    return float(max(abs(np.linalg.norm(step) / radius - 1), abs(bound - worst) / size))
+    gap = j @ (mean + step) - bound
+    gap = np.where(v > 0, np.abs(gap), np.maximum(-gap, 0))
+    size = (n + np.abs(v) @ n) * (np.linalg.norm(mean) + radius)
+    return _worst(abs(np.linalg.norm(step) / radius - 1), gap / size, -v * n / (np.abs(v) @ n))
+
+
+def _allocation(method: Any, jacobian: Tensor, alpha: float) -> float:
+    """`(Gw)_i = w_i^{−1/α}`; or that with the ridge's term on the left, where that matters."""
+    j, w = _solved(method, jacobian)
+    n, gw, size = _products(j, w)
+    target, ridge = w ** (-1 / alpha), method.ridge * n**2 * w
+    size = np.maximum(size, target)
+    found = _worst(np.abs(gw - target) / size)
+    if (ridge > 1e-4 * target).any():
+        found = min(found, _worst(np.abs(gw + ridge - target) / size))
+    return found
 
 
 def _nash(name: str, jacobian: Tensor) -> float:
-    """`w_i (Gw)_i = 1`."""
-    gramian = jacobian @ jacobian.T
-    w = gradbal.create(name, max_norm=0.0).weights(gramian).numpy()  # type: ignore[attr-defined]
-    return float(np.abs(w * _products(jacobian.numpy(), w)[1] - 1).max())
+    """`(Gw)_i = 1/w_i`.
+
+    Where no w has that or one far away, at and near Pareto-stationary points, the same of G with a
+    ridge of 1e-10 on the cosine matrix.
+    """
+    return _allocation(gradbal.create(name, max_norm=0.0), jacobian, 1.0)
 
 
 def _fairgrad(name: str, jacobian: Tensor) -> float:
-    """`(Gw)_i = w_i^{−1/α}` for α below, at and above one."""
-    worst = 0.0
-    for alpha in (0.5, 1.0, 2.0):
-        method = gradbal.create(name, alpha=alpha)
-        w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-        _, gw, size = _products(jacobian.numpy(), w)
-        gap = np.abs(gw - w ** (-1 / alpha)) / np.maximum(size, w ** (-1 / alpha))
-        worst = max(worst, float(gap.max()))
-    return worst
+    """`(Gw)_i = w_i^{−1/α}` for α below, at and above one; near stationary points as for Nash."""
+    alphas = (0.5, 1.0, 2.0)
+    return _worst([_allocation(gradbal.create(name, alpha=a), jacobian, a) for a in alphas])
 
 
 def _aligned_mtl(name: str, jacobian: Tensor) -> float:
     """`|d|² = s|p|²`, and with one task preferred at a time the d are orthogonal.
 
     s is the least eigenvalue of G, from the inverse of the cosine matrix, where it is the largest;
-    the cut-off is below it, so that no direction is left out.
+    the cut-off is at zero, so that no direction is left out. Where the rows are linearly dependent:
+    these d are the rows of `√s VWᵀ`, from the singular vectors of J itself with squared singular
+    values above 1e-12 of the largest; not defined where one is within a factor of two of that.
     """
-    j = jacobian.numpy()
-    gramian, size = jacobian @ jacobian.T, len(j)
-    n = np.linalg.norm(j, axis=1)
+    active = _active(jacobian.numpy())
+    j = jacobian.numpy()[active]
+    n, size = _norms(j), len(j)
     u = j / n[:, None]
-    s = 1 / np.linalg.eigvalsh(np.linalg.inv(u @ u.T) / n[:, None] / n).max()
-    b = np.stack([aligned_mtl(gramian, e, rtol=1e-20).numpy() for e in np.eye(size)])
+    independent = np.linalg.eigvalsh(u @ u.T)[0] > 1e-9
+    method = gradbal.create(name, rtol=0.0 if independent else None)
+    w = _solved(method, jacobian)[1]
+    gramian, rtol = torch.from_numpy(j @ j.T), method.rtol  # type: ignore[attr-defined]
+    b = np.stack([aligned_mtl(gramian, e, rtol=rtol).numpy() for e in np.eye(size)])
+    terms = np.abs(b) @ n
     aligned = b @ j
-    gap = aligned @ aligned.T / s - np.eye(size)
-    method = gradbal.create(name, rtol=1e-20)
-    d = method.direction(jacobian).numpy()  # type: ignore[attr-defined]
-    return float(max(np.abs(gap).max(), np.abs(d - aligned.mean(0)).max() / np.sqrt(s)))
+    gap = np.abs(w @ j - aligned.sum(0) / len(jacobian)) / terms.mean()
+    if independent:
+        s = 1 / np.linalg.eigvalsh(np.linalg.inv(u @ u.T) / n[:, None] / n).max()
+        return _worst(gap, np.abs(aligned @ aligned.T - s * np.eye(size)) / terms.max() ** 2)
+    left, values, right = np.linalg.svd(j, full_matrices=False)
+    relative = (values / values[0]) ** 2
+    if ((relative > 0.5e-12) & (relative < 2e-12)).any():
+        return math.nan
+    keep = relative > 1e-12
+    wanted = values[keep].min() * left[:, keep] @ right[keep]
+    return _worst(gap, np.abs(aligned - wanted) / terms.max())
+
+
+def _projections(j: Array, w: Array) -> float:
+    """How far the projections of d on the unit rows are from equal.
+
+    Where the rows are linearly dependent: how far a multiple of d is from the least-squares
+    solution of that, and d from zero if there is no such direction.
+    """
+    n, gw, size = _products(j, w)
+    u = j / n[:, None]
+    projections, terms = gw / n, float((size / n).max())
+    values = np.linalg.svd(u, compute_uv=False)
+    if values[-1] > 1e-5 * values[0]:
+        return _worst(_relative(np.ptp(projections), terms))
+    if np.linalg.norm(u.sum(0)) <= 1e-9 * len(n):
+        return _worst(_relative(np.linalg.norm(w @ j), terms))
+    multiple = projections @ projections / projections.sum()
+    return _worst(_relative((multiple - projections) @ u, len(n) * terms))
 
 
 def _config(name: str, jacobian: Tensor) -> float:
-    """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`."""
-    j = jacobian.numpy()
-    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    n, gw, size = _products(j, w)
-    norm = float(np.linalg.norm(w @ j))
-    projections = gw / n
-    gaps = (np.ptp(projections), abs(norm - gw.sum() / norm))
-    return float(max(gaps) / (size / n).max())
+    """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`.
+
+    Where the rows are linearly dependent: the least-squares solution of equal cosines, and d = 0
+    where the unit rows add up to zero.
+    """
+    j, w = _solved(gradbal.create(name), jacobian)
+    _, gw, size = _products(j, w)
+    length = float(np.linalg.norm(w @ j))
+    return _worst(_projections(j, w), _relative(length**2 - gw.sum(), size.sum()))
 
 
 def _imtl_g(name: str, jacobian: Tensor) -> float:
-    """Equal projections on the unit rows, and weights that sum to one."""
-    j = jacobian.numpy()
-    method = gradbal.create(name, guard=False)
-    w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    n, gw, size = _products(j, w)
-    projections = gw / n
-    return float(max(np.ptp(projections) / (size / n).max(), abs(w.sum() - 1) / np.abs(w).sum()))
+    """Equal projections on the unit rows, and weights that sum to one, without the guard.
+
+    Where the rows are linearly dependent: as for ConFIG.
+    """
+    j, w = _solved(gradbal.create(name, guard=False), jacobian)
+    return _worst(_projections(j, w), abs(w.sum() - 1) / np.abs(w).sum())
 
 
 def _imtl(name: str, jacobian: Tensor) -> float:
-    """Equal projections of the scaled rows' combination on the unit rows, for other factors."""
-    j = jacobian.numpy()
-    method = gradbal.create(name, guard=False)
-    factors = torch.linspace(-3, 3, len(j), dtype=torch.float64)
-    method.prepare(len(j), jacobian)
+    """Equal projections on the unit rows, for factors that are not one.
+
+    Where the rows are linearly dependent: as for ConFIG.
+    """
+    method: Any = gradbal.create(name, guard=False)
+    factors = torch.linspace(-3, 3, len(jacobian), dtype=torch.float64)
+    method.prepare(len(jacobian), jacobian)
     method.parameters()[0].data = factors.clone()
-    w = method.weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
-    n, gw, size = _products(j, w)
-    of_scaled = w / factors.exp().numpy()
-    total = abs(of_scaled.sum() - 1) / np.abs(of_scaled).sum()
-    return float(max(np.ptp(gw / n) / (size / n).max(), total))
+    j, w = _solved(method, jacobian)
+    of_scaled = w / factors.exp().numpy()[_active(jacobian.numpy())]
+    return _worst(_projections(j, w), abs(of_scaled.sum() - 1) / np.abs(of_scaled).sum())
 
 
 def _imtl_l(name: str, jacobian: Tensor) -> float:
@@ -264,18 +339,19 @@ def _sdmgrad(name: str, jacobian: Tensor) -> float:
 
     With a step that contracts: the default one amplifies rounding errors from step to step.
     """
-    j = jacobian.numpy()
-    j = j / np.linalg.norm(j, axis=1, keepdims=True)
-    a = j @ (j + 0.1 * j[:, ::-1]).T
-    scaled = a / np.sqrt(np.maximum(np.diagonal(a), 0)).mean() ** 2
-    p = np.full(len(j), 1 / len(j))
+    j = jacobian.numpy()[_active(jacobian.numpy())]
+    u = j / np.linalg.norm(j, axis=1, keepdims=True)
+    # Two batches' products are not symmetric.
+    a = u @ u.T
+    a = a + 0.1 * (np.triu(a, 1) - np.tril(a, -1))
+    p, step = np.full(len(a), 1 / len(a)), 0.2 / len(a)
     w, velocity = p, np.zeros_like(p)
     for _ in range(5):
-        velocity = 0.5 * velocity + scaled @ (w + 0.3 * p)
-        w = _nearest_on_simplex(w - 0.2 * velocity)
-    method = gradbal.create(name, lam=0.3, lr=0.2, n_iter=5)
-    found = method.step(torch.from_numpy(a)).numpy()  # type: ignore[attr-defined]
-    return float(np.abs(found - (w + 0.3 * p) / 1.3).max())
+        velocity = 0.5 * velocity + a @ (w + 0.3 * p)
+        w = _nearest_on_simplex(w - step * velocity)
+    method: Any = gradbal.create(name, lam=0.3, lr=step, n_iter=5)
+    found = method.step(torch.from_numpy(a)).numpy()
+    return _worst(np.abs(found - (w + 0.3 * p) / 1.3))
 
 
 def _uw(name: str, jacobian: Tensor) -> float:
@@ -346,19 +422,25 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
 
 
 def worst_residuals(
-    name: str, n_jacobians: int, spread: float, scale: float, seed: int = 0
+    name: str,
+    n_jacobians: int,
+    draw: Callable[[np.random.Generator], Tensor],
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Median and worst residual of a method over random Jacobians.
 
     Args:
         name: a key of `RESIDUALS`.
         n_jacobians: how many.
-        spread, scale: see `random_jacobian`.
+        draw: makes one, as `hard_jacobian` and `random_jacobian` do.
         seed: of the Jacobians.
 
     Returns:
-        Median and maximum.
+        Median and maximum of those where the condition is defined; NaN if there are none.
     """
     rng = np.random.default_rng(seed)
-    found = [RESIDUALS[name](name, random_jacobian(rng, spread, scale)) for _ in range(n_jacobians)]
-    return float(np.median(found)), float(np.max(found))
+    found = np.array([RESIDUALS[name](name, draw(rng)) for _ in range(n_jacobians)])
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return math.nan, math.nan
+    return float(np.median(found)), float(found.max())

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from gradbal.registry import info, list_aggregators
 
-__all__ = ["main", "methods_table"]
-
-_START, _END = "<!-- methods: printed by python -m gradbal -->", "<!-- end of methods -->"
+__all__ = ["differences", "filled", "main", "methods_table"]
 
 
 def methods_table() -> str:
@@ -28,30 +26,59 @@ def methods_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def with_table(text: str) -> str:
-    """The text with the table of methods between its two markers.
+def differences() -> str:
+    """A bullet for every method that known implementations compute otherwise.
+
+    Example:
+        >>> differences().splitlines()[0].startswith("- **`aligned_mtl`**: ")
+        True
+    """
+    notes = {name: info(name).note for name in list_aggregators()}
+    return "\n".join(f"- **`{name}`**: {note}" for name, note in notes.items() if note)
+
+
+_BLOCKS = {
+    ("<!-- methods: printed by python -m gradbal -->", "<!-- end of methods -->"): methods_table,
+    (
+        "<!-- differences: printed by python -m gradbal --differences -->",
+        "<!-- end of differences -->",
+    ): differences,
+}
+
+
+def filled(text: str) -> str:
+    """The text with what is printed between each pair of markers.
 
     Raises:
-        ValueError: the text does not have both markers.
+        ValueError: the text does not have all the markers.
     """
-    before, start, rest = text.partition(_START)
-    _, end, after = rest.partition(_END)
-    if not (start and end):
-        raise ValueError(f"the file must have the lines {_START!r} and {_END!r}, found not both")
-    return f"{before}{start}\n{methods_table()}\n{end}{after}"
+    for (first, last), printed in _BLOCKS.items():
+        before, start, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not (start and end):
+            raise ValueError(f"the file must have the lines {first!r} and {last!r}, found not both")
+        text = f"{before}{start}\n{printed()}\n{end}{after}"
+    return text
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table, or writes it into a file with `--write FILE`; 2 for other arguments."""
+    """Prints the table of methods, or the `--differences`; `--write FILE` puts both into a file.
+
+    Returns 2 for other arguments.
+    """
     if not arguments:
         print(methods_table())
         return 0
+    if arguments == ["--differences"]:
+        print(differences())
+        return 0
     if len(arguments) == 2 and arguments[0] == "--write":
         path = Path(arguments[1])
-        path.write_text(with_table(path.read_text()))
+        path.write_text(filled(path.read_text()))
         return 0
     print(
-        f"python -m gradbal takes nothing or --write FILE, found {' '.join(arguments)}",
+        "python -m gradbal takes nothing, --differences or --write FILE, "
+        f"found {' '.join(arguments)}",
         file=sys.stderr,
     )
     return 2

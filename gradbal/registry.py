@@ -67,6 +67,7 @@ class Info:
         consumes: what it looks at: the losses, the Gramian, the Jacobian, ...
         cost: backward passes a step, in words.
         summary: one sentence.
+        note: where known implementations or the paper differ: the docstring's `Note:`, or "".
         hyperparameters: keyword → default.
         promises: what the method guarantees.
         cls: the class itself.
@@ -84,6 +85,7 @@ class Info:
     cls: type[Aggregator] = field(repr=False)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     promises: Promises = field(default_factory=Promises, repr=False)
+    note: str = field(default="", repr=False)
 
 
 _REGISTRY: dict[str, Info] = {}
@@ -174,6 +176,7 @@ def register(
             cls=cls,
             hyperparameters=_hyperparameters(cls),
             promises=cls.promises,
+            note=_note(cls.__doc__),
         )
         return cls
 
@@ -250,3 +253,8 @@ def _hyperparameters(cls: type) -> dict[str, Any]:
 def _first_sentence(doc: str | None) -> str:
     text = " ".join((doc or "").strip().split("\n\n")[0].split())
     return re.split(r"(?<=[.])\s", text)[0].rstrip(".") if text else ""
+
+
+def _note(doc: str | None) -> str:
+    found = re.search(r"^Note:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(doc or ""), re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""

@@ -1,32 +1,58 @@
-"""The README: its table of methods and its code, and the command that prints the table."""
+"""The README: what it prints of the registry, its code, and the command that prints it."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from gradbal.__main__ import main, methods_table, with_table
+from gradbal import info, list_aggregators
+from gradbal.__main__ import differences, filled, main, methods_table
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_table_of_methods_is_the_one_that_is_printed(capsys):
-    assert with_table(README.read_text()) == README.read_text()
-    assert main([]) == 0
-    assert capsys.readouterr().out.strip() == methods_table()
+BLOCKS = """x
+<!-- methods: printed by python -m gradbal -->
+outdated
+<!-- end of methods -->
+y
+<!-- differences: printed by python -m gradbal --differences -->
+outdated
+<!-- end of differences -->
+z"""
 
 
-def test_writing_the_table_into_a_file(tmp_path):
+def test_the_readme_has_what_is_printed(capsys):
+    assert filled(README.read_text()) == README.read_text()
+    for arguments, text in (([], methods_table()), (["--differences"], differences())):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.strip() == text
+        assert text in README.read_text()
+
+
+def test_every_note_is_a_bullet_of_whole_sentences():
+    lines = differences().splitlines()
+    with_notes = [name for name in list_aggregators() if info(name).note]
+    assert [line.split("**")[1].strip("`") for line in lines] == with_notes
+    for line in lines:
+        assert line == " ".join(line.split())
+        assert line.endswith(".")
+
+
+def test_writing_into_a_file(tmp_path):
     file = tmp_path / "a.md"
-    file.write_text(
-        "x\n<!-- methods: printed by python -m gradbal -->\nanother table\n<!-- end of methods -->"
-    )
+    file.write_text(BLOCKS)
     assert main(["--write", str(file)]) == 0
-    assert "another table" not in file.read_text()
-    assert "| `mgda` |" in file.read_text()
-    file.write_text("no markers")
-    with pytest.raises(ValueError, match="must have the lines"):
-        main(["--write", str(file)])
+    text = file.read_text()
+    assert "outdated" not in text
+    assert text.index("| `mgda` |") < text.index("\ny\n") < text.index("- **`mgda`**: ")
+    assert text.startswith("x\n")
+    assert text.endswith("-->\nz")
+    for broken in ("no markers", BLOCKS.partition("y")[0]):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="must have the lines"):
+            main(["--write", str(file)])
+        assert file.read_text() == broken
 
 
 def test_other_arguments_are_refused(capsys):

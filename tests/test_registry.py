@@ -76,6 +76,46 @@ def test_a_registered_class_is_found_by_name_everywhere(clean):
     torch.testing.assert_close(model.weight.grad, wanted)
 
 
+def test_the_note_is_the_docstrings_section(clean):
+    class Plain(gradbal.Scalarizer):
+        """One sentence."""
+
+        def scalarize(self, losses):
+            return losses.max()
+
+    class Noted(Plain):
+        """One sentence.
+
+        A Note: in the text is none.
+
+        Note:
+            Some code does it in one
+            way.
+
+            gradbal does not.
+
+        Example:
+            >>> 1
+            1
+        """
+
+    class Bare(Plain):
+        pass
+
+    class Last(Plain):
+        """One sentence.
+
+        Note:
+            At the end."""
+
+    notes = {}
+    for cls in (Plain, Noted, Bare, Last):
+        gradbal.register(cls.__name__.lower())(cls)
+        notes[cls.__name__] = gradbal.info(cls.__name__.lower()).note
+    noted = "Some code does it in one way. gradbal does not."
+    assert notes == {"Plain": "", "Noted": noted, "Bare": "", "Last": "At the end."}
+
+
 def test_registering_twice_or_the_wrong_thing_is_an_error(clean):
     class Mine(gradbal.Scalarizer):
         def scalarize(self, losses):

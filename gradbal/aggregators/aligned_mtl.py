@@ -57,9 +57,12 @@ class AlignedMTL(PreferenceMixin, GramianAggregator):
         ValueError: an unknown `scale`, or an argument out of range.
 
     Note:
-        Known implementations take the eigenvalues of a float32 Gramian with an absolute or a
-        float32 threshold; there "min" is rounding where J has no full rank. Here small eigenvalues
-        are computed as accurately as large ones, however far apart the norms are.
+        LibMTL sums over the tasks (p = 1), so that its d is T times longer, has "min" alone, and
+        calls a function that torch 2 no longer has; TorchJD averages (p = 1/T) and has all three
+        scales, as gradbal does. LibMTL's threshold is float32's rounding unit. A threshold below
+        the rounding of the Gramian takes noise for the least eigenvalue where J has no full rank,
+        and d all but vanishes. gradbal's follows the precision of the Gramian, and small
+        eigenvalues are as accurate as large ones, however far apart the norms are.
 
     Example:
         >>> import torch

@@ -50,8 +50,12 @@ class CAGrad(GramianAggregator):
         ValueError: an argument out of range.
 
     Note:
-        The official code multiplies d by T "to match the sum loss"; this one does not. It also
-        solves for w with absolute tolerances, which fail for small gradients.
+        The official code solves for w by SLSQP with absolute terms of 1e-8, which loses precision
+        for small gradients, and multiplies d by T "to match the sum loss"; LibMTL does the same
+        without the T. TorchJD uses a conic solver, does not rescale, and returns a zero update
+        where g_w is small or the Gramian's trace below 1e-4. gradbal solves the problem exactly at
+        every scale and does not multiply by T. Where g_w vanishes it returns g_0, rescaled, since
+        for c < 1 the mean loss still has to fall.
 
     Example:
         >>> import torch

@@ -57,9 +57,9 @@ class ConFIG(GramianAggregator):
         ValueError: `a` is not positive, or has not one entry for each task; an unknown `length`.
 
     Note:
-        The official code solves a least-squares problem whose solver on GPUs assumes full rank.
-        Here the pseudo-inverse of the cosine matrix is taken. The variant with separate momenta,
-        M-ConFIG, is a method of its own.
+        The official code calls `lstsq`, whose driver on GPUs assumes full rank; TorchJD takes the
+        pseudo-inverse of the unit rows. gradbal takes that of the cosine matrix, `[T, T]` and of
+        any rank. The variant with separate momenta, M-ConFIG, is a method of its own.
 
     Example:
         >>> import torch

@@ -44,9 +44,10 @@ class DualProj(PreferenceMixin, GramianAggregator):
 
     Note:
         The paper projects the gradient of the current task alone, which is `pref` with a single
-        one. Known implementations add 1e-4 to the normalised Gramian's diagonal and take Gramians
-        of trace below 1e-4 for zero, which leaves conflicts with small rows and with small
-        gradients. Here nothing is added and nothing is absolute.
+        one. TorchJD and LibMTL add 1e-4 to the diagonal of the trace-normalised Gramian, which
+        leaves conflicts of that order, larger ones with small rows, and take a Gramian of trace
+        below 1e-4 for zero, where d becomes the plain mean. In gradbal nothing is added and nothing
+        is absolute.
 
     Example:
         >>> import torch

@@ -12,6 +12,10 @@ __all__ = ["EW"]
 class EW(Sum):
     """Equal weighting: every weight is 1, as in `sum`.
 
+    Note:
+        LibMTL's documentation says that its EW weights by 1/T; its code weights by 1, as gradbal's
+        `ew` does. The weights 1/T are `mean`.
+
     Example:
         >>> import torch
         >>> EW().direction(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))

@@ -53,9 +53,11 @@ class FairGrad(NashMTL):
         ValueError: an argument out of range.
 
     Note:
-        The official code runs a generic least-squares solver on the Gramian as it is, which stops
-        early for small and large gradients, and multiplies the shared gradient by T. This one
-        solves by Newton's method on the cosine matrix, and does not multiply.
+        The official code runs scipy's `least_squares` on the Gramian as it is, which stops early
+        for small and for large gradients, and multiplies the shared gradient by T. LibMTL does so
+        without the T, and weights task-specific gradients as well. gradbal solves by Newton's
+        method on the cosine matrix, does not multiply, and leaves task-specific gradients as they
+        are, as the official code does.
 
     Example:
         >>> import torch

@@ -33,8 +33,11 @@ class IMTLG(GramianAggregator):
             formula (`guard=False`) explodes or ascends every loss. The guard is gradbal's.
 
     Note:
-        The paper inverts a matrix that is singular when two gradients coincide. Here the
-        pseudo-inverse of the cosine matrix is taken, which agrees where both exist.
+        LibMTL's IMTL is the hybrid with learned loss scales; it inverts a matrix, which is an error
+        where two gradients coincide and NaN for a zero row, and leaves task-specific gradients
+        unweighted. nash-mtl has this part alone and weights them, as gradbal does. TorchJD returns
+        zero weights where `1ᵀv` is about zero. gradbal takes the pseudo-inverse of the cosine
+        matrix, which agrees with the paper's formula where both exist, and has the `guard`.
 
     Example:
         >>> import torch

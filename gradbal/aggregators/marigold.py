@@ -53,6 +53,9 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
     `q_i = (φ(ℓ_i(θ + δd)) − φ(ℓ_i(θ − δd)))/(2δ)`, `δ = ε(1 + |θ|)/|d|`. Then
     `s ← max(κs, max|q|)`, `λ ← Π(λ − γ(q/s + ρλ))`, Π the projection on the simplex.
 
+    With frozen parameters and small γ, λ goes to MGDA's weights of the transformed losses. Where a
+    displaced loss is not finite δ is halved once, and then λ stays as it is.
+
     Call `step(closure)`: the two passes are on the same batch, from the same random state, without
     grad, and buffers (BatchNorm's statistics) are put back.
 
@@ -71,10 +74,6 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
 
     Raises:
         ValueError: an argument out of range; a loss that is not positive, with "log".
-
-    Note:
-        With frozen parameters and small γ, λ goes to MGDA's weights of the transformed losses.
-        Where a displaced loss is not finite δ is halved once, and then λ stays as it is.
 
     Example:
         >>> import torch

@@ -25,6 +25,10 @@ class Mean(Scalarizer):
     Kurin et al., "In Defense of the Unitary Scalarization for Deep Multi-Task Learning", NeurIPS
     2022, https://arxiv.org/abs/2201.04122).
 
+    Note:
+        LibMTL's documentation says that its EW weights by 1/T, its code weights by 1. In gradbal
+        `mean` is 1/T, and `sum` and `ew` are 1.
+
     Example:
         >>> import torch
         >>> Mean().direction(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))

@@ -52,8 +52,12 @@ class MGDA(GramianAggregator):
         ValueError: an unknown `norm`.
 
     Note:
-        Known implementations run Frank-Wolfe for a fixed number of steps; this one solves the
-        quadratic program to its optimality conditions.
+        The paper's code and TorchJD stop Frank-Wolfe after at most 250 and 100 steps. LibMTL bounds
+        the weights of a pair by 0.001 and 0.999, so that a dominated task still counts, combines
+        the normalised gradients under `norm`, leaves task-specific gradients unweighted, fails for
+        a single task, and gives NaN for a zero row under "l2". nash-mtl multiplies d by T. gradbal
+        solves the quadratic program to its optimality conditions; as in the official code, `norm`
+        is for the weights alone.
 
     Example:
         >>> import torch

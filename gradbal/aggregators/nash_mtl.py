@@ -52,11 +52,13 @@ class NashMTL(GramianAggregator):
         ValueError: an argument out of range.
 
     Note:
-        The official code runs a convex-concave procedure with cvxpy, stops it early, and keeps the
-        previous weights when a solve fails; relative errors of w reach 20 % and more when the
-        gradients' norms differ a hundredfold. Here Newton's method solves the convex problem on the
-        cosine matrix. Only the shared gradient is scaled to `max_norm`; task-specific
-        parameters get `w_i` times their gradient, as in the official code.
+        The official code, which LibMTL copies, runs a convex-concave procedure with cvxpy and ECOS,
+        stops it by a test on another scaling of the Gramian, and keeps the previous weights when a
+        solve fails; w is wrong by 20 to 290 % where the gradients' norms differ a hundredfold, a
+        single task is an error, and identical or zero rows give w = 1. TorchJD clips the weights,
+        and so the heads' as well. In gradbal Newton's method solves the convex problem on the
+        cosine matrix. Only the shared gradient is scaled to `max_norm`; task-specific parameters
+        get `w_i` times their gradient, as in the official code.
 
     Example:
         >>> import torch

@@ -49,9 +49,10 @@ class PCGrad(RandomMixin, GramianAggregator):
         ValueError: an unknown reduction, or a generator that is not on the CPU.
 
     Note:
-        The published TensorFlow code shuffles a list and drops the result, so its order is fixed,
-        and projects a gradient on itself as well. Here the orders are independent for each task and
-        leave the task itself out.
+        The official TensorFlow code drops the result of its shuffle, so that its order is fixed,
+        and, like LibMTL, projects a gradient on itself as well. WeiChengTseng's PyTorch port always
+        averages; the CAGrad repository averages and multiplies by T. In gradbal the orders are
+        independent for each task and leave the task itself out, and d is the sum.
 
     Example:
         >>> import torch

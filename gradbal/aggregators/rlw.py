@@ -39,6 +39,10 @@ class RLW(RandomMixin, Scalarizer):
     Raises:
         ValueError: an unknown distribution, or a generator that is not on the CPU.
 
+    Note:
+        The weights sum to one, not to T, as in LibMTL, nash-mtl and TorchJD: on average d is that
+        of `mean`, not of `sum`.
+
     Example:
         >>> import torch
         >>> w = RLW().loss_weights(torch.tensor([3.0, 5.0]))

@@ -24,6 +24,9 @@ class Sum(Scalarizer):
     The gradient is T times that of `mean`, and so is the effective learning rate of plain SGD. It
     is what most papers call "EW" or "LS".
 
+    Note:
+        LibMTL's EW is this sum, although its documentation says 1/T, and so is nash-mtl's "ls".
+
     Example:
         >>> import torch
         >>> Sum().direction(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))

@@ -44,9 +44,10 @@ class UPGrad(PreferenceMixin, GramianAggregator):
         ValueError: `pref` has a negative entry, or not one for each task.
 
     Note:
-        TorchJD adds 1e-4 to the normalised Gramian's diagonal and takes Gramians of trace below
-        1e-4 for zero, which leaves conflicts with small rows and with small gradients. Here nothing
-        is added and nothing is absolute.
+        TorchJD and LibMTL add 1e-4 to the diagonal of the trace-normalised Gramian, which leaves
+        conflicts of that order, larger ones with small rows, and take a Gramian of trace below 1e-4
+        for zero, where d becomes the plain mean and conflicts appear. In gradbal nothing is added
+        and nothing is absolute.
 
     Example:
         >>> import torch

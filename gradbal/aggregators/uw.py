@@ -52,6 +52,12 @@ class UW(LearnedMixin, Scalarizer):
     Raises:
         ValueError: an argument out of range, or as many kinds as tasks are not given.
 
+    Note:
+        LibMTL starts s at -0.5, has a_i = ½ for classification too, and gives s the model's weight
+        decay, which pulls it to zero; SamsungLabs has a_i = 1 for every task, auto-lambda starts at
+        -0.7, and nash-mtl at 0 with a_i = ½. gradbal starts at 0 with a_i by `kind`, and s has a
+        param group of its own without decay.
+
     Example:
         >>> import torch
         >>> UW().loss_weights(torch.tensor([1.0, 5.0]))

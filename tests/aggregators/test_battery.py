@@ -12,6 +12,7 @@ from torch import Tensor
 
 import gradbal
 from tests.aggregators.inputs import (
+    DIRECT,
     FAMILIES,
     WELL_POSED,
     Case,
@@ -23,17 +24,15 @@ from tests.aggregators.inputs import (
 )
 
 ALL = gradbal.list_aggregators()
-# The bilevel methods work on closures, not on a Jacobian.
-NAMES = [n for n in ALL if hasattr(gradbal.info(n).cls, "direction")]
 SCALES = (1e-8, 1e-4, 1e4, 1e8)
 
-every = pytest.mark.parametrize("name", NAMES)
+every = pytest.mark.parametrize("name", DIRECT)
 every_single = pytest.mark.parametrize("name", ALL)
 
 
 def promising(promise: str) -> pytest.MarkDecorator:
     """The methods whose registry entry makes a promise."""
-    names = [n for n in NAMES if getattr(gradbal.info(n).promises, promise) not in (None, False)]
+    names = [n for n in DIRECT if getattr(gradbal.info(n).promises, promise) not in (None, False)]
     return pytest.mark.parametrize("name", names)
 
 

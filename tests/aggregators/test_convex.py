@@ -1,12 +1,14 @@
 """The methods that are convex problems, against cvxpy, closed forms and their own optimality."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import gradbal
+from benchmarks.jacobians import FAMILIES, hard_jacobian, random_jacobian
 from benchmarks.residuals import RESIDUALS, worst_residuals
 from gradbal.aggregators.cagrad import cagrad
 from gradbal.aggregators.mgda import mgda
@@ -78,7 +80,18 @@ def test_nash_mtl_maximises_the_product_of_gains(n_tasks, width, seed):
 def test_optimality_residuals_at_every_scale(name, scale):
     # CAGrad's gap is that of a maximum found by a root of a quadratic: half the digits are safe.
     limit = 1e-9 if name == "cagrad" else 1e-11
-    assert worst_residuals(name, 50, 1e6, scale, seed=1)[1] < limit
+    draw = partial(random_jacobian, spread=1e6, scale=scale)
+    assert worst_residuals(name, 50, draw, seed=1)[1] < limit
+
+
+@pytest.mark.parametrize("name", list(RESIDUALS))
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "zero"])
+def test_optimality_residuals_on_every_family(name, family):
+    worst = worst_residuals(name, 20, partial(hard_jacobian, family=family), seed=1)[1]
+    # The inverse of the cosine matrix, 1e12 there, multiplies rounding errors.
+    limit = 1e-6 if family == "near_parallel" else 1e-8
+    # NaN says that the method's condition is not defined on the family.
+    assert not worst >= limit
 
 
 def test_every_registered_method_has_a_residual():

@@ -1,12 +1,17 @@
 """The commands that measure gradbal itself: they run, and say what was wrong."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import gradbal
+from benchmarks import residuals
 from benchmarks.cli import app
-from benchmarks.residuals import RESIDUALS, random_jacobian, worst_residuals
+from benchmarks.jacobians import FAMILIES, SCALES, hard_jacobian
+from benchmarks.residuals import RESIDUALS, worst_residuals
 from benchmarks.speed.engines import COLUMNS, measure
 from benchmarks.speed.models import MODELS
 from benchmarks.speed.solvers import measure_against_floor, measure_against_torchjd
@@ -16,31 +21,82 @@ def run(*arguments):
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
 
 
-def test_residuals_prints_a_row_for_every_method():
+def test_residuals_prints_a_row_for_every_method_and_says_what_it_means(monkeypatch):
+    monkeypatch.setitem(RESIDUALS, "uw", lambda name, jacobian: math.nan)
     done = run("residuals", "--jacobians", "2")
     assert done.exit_code == 0
     for name in RESIDUALS:
         assert f"│ {name} " in done.output
         assert f"\n{name}: " in done.output
+    for family in FAMILIES:
+        assert (f"\n{family}: " in done.output) == (family != "zero")
+    (line,) = (line for line in done.output.splitlines() if line.startswith("│ uw "))
+    assert line.count("–") == len(FAMILIES) - 1
+    assert "–: defined for none." in done.output
+    assert "…" not in done.output
 
 
-def test_a_wrong_solution_has_a_large_residual(monkeypatch):
-    def off(self, gramian, losses=None):
-        w = torch.linspace(1, 2, len(gramian), dtype=torch.float64)
-        return w / w.sum()
-
-    monkeypatch.setattr(gradbal.info("mgda").cls, "weights", off)
-    assert worst_residuals("mgda", 20, 10.0, 1.0)[0] > 1e-3
+def test_residuals_by_scale():
+    done = run("residuals", "--jacobians", "2", "--by", "scale")
+    assert done.exit_code == 0
+    assert all(f"{scale:.0e} ┃" in done.output for scale in SCALES)
 
 
-def test_random_jacobians_have_the_spread_and_scale_asked_for():
-    import numpy as np
+def rows(family):
+    return partial(hard_jacobian, family=family)
 
-    rng = np.random.default_rng(0)
-    norms = torch.cat([random_jacobian(rng, 1e6, 1e-8).norm(dim=1) for _ in range(200)])
-    assert norms.min() < 1e-9
-    assert norms.max() > 1e-6
-    assert norms.max() / norms.min() < 1e9
+
+FUNCTIONS = ("aligned_mtl", "cagrad", "pcgrad", "upgrad")
+METHODS = ("config", "dualproj", "fairgrad", "imtl_g", "mgda", "nash_mtl", "primary")
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "zero"])
+def test_a_slightly_wrong_solution_has_a_residual(monkeypatch, name, family):
+    """The largest term of `d = Jᵀw` is one percent too long."""
+    where, attribute = (residuals, name) if name in FUNCTIONS else (gradbal.info(name).cls, None)
+    solve = getattr(where, attribute or "weights")
+
+    def off(*args, **keywords):
+        w = solve(*args, **keywords)
+        gramian = args[0] if name in FUNCTIONS else args[1]
+        w[(w.abs() * gramian.diagonal().sqrt()).argmax()] *= 1.01
+        return w
+
+    monkeypatch.setattr(where, attribute or "weights", off)
+    # MGDA's only solution with a zero row is d = 0, which has no terms.
+    if (name, family) != ("mgda", "zero_row"):
+        assert worst_residuals(name, 10, rows(family))[1] > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_that_are_not_numbers_are_worse_than_any(monkeypatch, name):
+    def nothing(self, gramian, losses=None):
+        return torch.full((len(gramian),), math.nan, dtype=torch.float64)
+
+    monkeypatch.setattr(gradbal.info(name).cls, "weights", nothing)
+    assert worst_residuals(name, 3, rows("normal")) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "dualproj", "fairgrad", "imtl_g", "nash_mtl", "primary"]
+)
+def test_a_zero_row_with_a_weight_is_wrong(monkeypatch, name):
+    solve = gradbal.info(name).cls.weights
+
+    def off(*args, **keywords):
+        w = solve(*args, **keywords)
+        return torch.where(args[1].diagonal() == 0, 1.0, w)
+
+    monkeypatch.setattr(gradbal.info(name).cls, "weights", off)
+    assert worst_residuals(name, 10, rows("zero_row"))[0] == math.inf
+
+
+def test_the_median_and_the_worst_are_of_those_that_are_defined(monkeypatch):
+    values = iter([math.nan, 1.0, 3.0, math.nan, 2.0, *[math.nan] * 5])
+    monkeypatch.setitem(RESIDUALS, "mgda", lambda name, jacobian: next(values))
+    assert worst_residuals("mgda", 5, rows("normal")) == (2.0, 3.0)
+    assert all(math.isnan(value) for value in worst_residuals("mgda", 5, rows("normal")))
 
 
 def test_speed_engines_measures_all_columns():
@@ -78,6 +134,7 @@ def test_speed_solvers_measures_both_ratios():
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
         (["residuals", "--jacobians", "0"], "must be at least 1, found 0"),
+        (["residuals", "--by", "row"], "`--by` must be family or scale, found 'row'"),
     ],
 )
 def test_bad_input_ends_with_a_sentence(arguments, message):
