@@ -193,6 +193,26 @@ def _aligned_mtl(name: str, jacobian: Tensor) -> float:
     return float(max(np.abs(gap).max(), np.abs(d - aligned.mean(0)).max() / np.sqrt(s)))
 
 
+def _three_rows(jacobian: Tensor) -> Tensor:
+    """The rows, and the first one again where there are only two."""
+    return jacobian if len(jacobian) > 2 else torch.cat([jacobian, jacobian[:1]])
+
+
+def _krum(name: str, jacobian: Tensor) -> float:
+    """No row has a smaller sum of squared distances to its neighbours than the chosen ones."""
+    jacobian = _three_rows(jacobian)
+    j, size = jacobian.numpy(), len(jacobian)
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    squares, n = ((j[:, None] - j) ** 2).sum(2), (j**2).sum(1)
+    np.fill_diagonal(squares, np.inf)
+    nearest = np.argsort(squares, 1)[:, : size - 2]
+    scores = np.take_along_axis(squares, nearest, 1).sum(1)
+    # Of the products that the distances are differences of.
+    products = (n[:, None] + n[nearest]).sum(1)
+    gap = ((scores - scores.min()) / products)[w > 0].max()
+    return float(max(gap, abs(w.sum() - 1), abs(w.max() - 1)))
+
+
 def _config(name: str, jacobian: Tensor) -> float:
     """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`."""
     j = jacobian.numpy()
@@ -245,6 +265,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "imtl_g": _imtl_g,
     "aligned_mtl": _aligned_mtl,
     "config": _config,
+    "krum": _krum,
     "primary": _primary,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""

@@ -32,6 +32,7 @@ __all__ = [
     "Scalarizer",
     "as_weights",
     "in_range",
+    "integer",
     "one_of",
     "preference",
     "relative_cutoff",
@@ -139,6 +140,18 @@ def in_range(
     if not (above and below):
         end = bounds[1] if high < math.inf else ")"
         raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
+
+
+def integer(name: str, value: Any, low: int = 0) -> None:
+    """Checks a hyperparameter: an integer from `low` on.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, found {value!r}")
+    in_range(name, value, low)
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
+from gradbal.aggregators.base import GramianAggregator, in_range, integer, solve_active
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, least_norm_above
 
@@ -56,9 +56,7 @@ class Primary(GramianAggregator):
     per_task_state = True
 
     def __init__(self, primary: int = 0, secondary_weight: float = 0.0) -> None:
-        if isinstance(primary, bool) or not isinstance(primary, int):
-            raise TypeError(f"`primary` must be an integer, found {primary!r}")
-        in_range("primary", primary, 0)
+        integer("primary", primary)
         in_range("secondary_weight", secondary_weight, 0)
         self.primary = primary
         self.secondary_weight = secondary_weight
