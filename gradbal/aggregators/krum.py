@@ -107,8 +107,9 @@ def krum(gramian: Tensor, n_byzantine: int = 0, n_selected: int = 1) -> Tensor:
     distances = np.maximum(terms - 2.0 * g, 0.0)
     np.fill_diagonal(distances, np.inf)
     nearest = np.argsort(distances, 1)[:, : size - n_byzantine - 2]
-    scores = np.take_along_axis(distances, nearest, 1).sum(1)
-    rounding = 4 * torch.finfo(gramian.dtype).eps * np.take_along_axis(terms, nearest, 1).sum(1)
+    rows = np.arange(size)[:, None]
+    scores = distances[rows, nearest].sum(1)
+    rounding = 4 * torch.finfo(gramian.dtype).eps * terms[rows, nearest].sum(1)
     w = np.zeros(size)
     for _ in range(n_selected):
         # Equal rows differ in their last digits, which must not decide between them.
