@@ -213,6 +213,14 @@ def _krum(name: str, jacobian: Tensor) -> float:
     return float(max(gap, abs(w.sum() - 1), abs(w.max() - 1)))
 
 
+def _trimmed_mean(name: str, jacobian: Tensor) -> float:
+    """Every entry is the mean of what its column has between its largest and smallest value."""
+    jacobian = _three_rows(jacobian)
+    d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
+    between = np.sort(jacobian.numpy(), 0)[1:-1]
+    return float((np.abs(d - between.mean(0)) / np.abs(between).max(0)).max())
+
+
 def _config(name: str, jacobian: Tensor) -> float:
     """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`."""
     j = jacobian.numpy()
@@ -266,6 +274,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "aligned_mtl": _aligned_mtl,
     "config": _config,
     "krum": _krum,
+    "trimmed_mean": _trimmed_mean,
     "primary": _primary,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
