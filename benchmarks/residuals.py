@@ -221,6 +221,20 @@ def _trimmed_mean(name: str, jacobian: Tensor) -> float:
     return float((np.abs(d - between.mean(0)) / np.abs(between).max(0)).max())
 
 
+def _graddrop(name: str, jacobian: Tensor) -> float:
+    """Every entry is the sum of the positive parts of its column, or that of the negative ones, as
+    its draw says."""
+    u = torch.rand(jacobian.shape[1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    method = gradbal.create(name, generator=generator)
+    d = method.direction(jacobian).numpy()  # type: ignore[attr-defined]
+    j = jacobian.numpy()
+    up, down = np.where(j > 0, j, 0).sum(0), np.where(j < 0, j, 0).sum(0)
+    purity = up / (up - down)
+    wanted = np.where(purity > u.numpy(), up, down)
+    return float((np.abs(d - wanted) / (up - down)).max())
+
+
 def _config(name: str, jacobian: Tensor) -> float:
     """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`."""
     j = jacobian.numpy()
@@ -273,6 +287,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "imtl_g": _imtl_g,
     "aligned_mtl": _aligned_mtl,
     "config": _config,
+    "graddrop": _graddrop,
     "krum": _krum,
     "trimmed_mean": _trimmed_mean,
     "primary": _primary,
