@@ -23,6 +23,7 @@ COUNTERPARTS: dict[str, str] = {
     "config": "ConFIG",
     "dualproj": "DualProj",
     "fairgrad": "FairGrad",
+    "graddrop": "GradDrop",
     "imtl_g": "IMTLG",
     "krum": "Krum",
     "mgda": "MGDA",

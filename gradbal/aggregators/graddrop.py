@@ -147,7 +147,7 @@ class GradDrop(RandomMixin, JacobianAggregator):
         generator, device = self.generator, like.device
         if device.type != "cpu":
             # One number goes to the device in place of a copy of all of them.
-            seed = int(torch.randint(2**63 - 1, (), generator=generator))
+            seed = int(torch.randint(2**63 - 1, (), device="cpu", generator=generator))
             generator = Generator(device).manual_seed(seed)
         return torch.rand(len(like), dtype=torch.float32, device=device, generator=generator)
 
