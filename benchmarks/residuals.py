@@ -268,6 +268,48 @@ def _projections(j: Array, w: Array) -> float:
     return _worst(_relative((multiple - projections) @ u, len(n) * terms))
 
 
+def _three_rows(jacobian: Tensor) -> Tensor:
+    """The rows, and the first one again where there are only two."""
+    return jacobian if len(jacobian) > 2 else torch.cat([jacobian, jacobian[:1]])
+
+
+def _krum(name: str, jacobian: Tensor) -> float:
+    """No row has a smaller sum of squared distances to its neighbours than the chosen ones."""
+    jacobian = _three_rows(jacobian)
+    j, size = jacobian.numpy(), len(jacobian)
+    w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    squares, n = ((j[:, None] - j) ** 2).sum(2), (j**2).sum(1)
+    np.fill_diagonal(squares, np.inf)
+    nearest = np.argsort(squares, 1)[:, : size - 2]
+    scores = np.take_along_axis(squares, nearest, 1).sum(1)
+    # Of the products that the distances are differences of.
+    products = (n[:, None] + n[nearest]).sum(1)
+    gap = ((scores - scores.min()) / products)[w > 0].max()
+    return float(max(gap, abs(w.sum() - 1), abs(w.max() - 1)))
+
+
+def _trimmed_mean(name: str, jacobian: Tensor) -> float:
+    """Every entry is the mean of what its column has between its largest and smallest value."""
+    jacobian = _three_rows(jacobian)
+    d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
+    between = np.sort(jacobian.numpy(), 0)[1:-1]
+    return float((np.abs(d - between.mean(0)) / np.abs(between).max(0)).max())
+
+
+def _graddrop(name: str, jacobian: Tensor) -> float:
+    """Every entry is the sum of the positive parts of its column, or that of the negative ones, as
+    its draw says."""
+    u = torch.rand(jacobian.shape[1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    method = gradbal.create(name, generator=generator)
+    d = method.direction(jacobian).numpy()  # type: ignore[attr-defined]
+    j = jacobian.numpy()
+    up, down = np.where(j > 0, j, 0).sum(0), np.where(j < 0, j, 0).sum(0)
+    purity = up / (up - down)
+    wanted = np.where(purity > u.numpy(), up, down)
+    return float((np.abs(d - wanted) / (up - down)).max())
+
+
 def _config(name: str, jacobian: Tensor) -> float:
     """Equal cosines with all rows, and `|d| = Σ ⟨g_i, d⟩/|d|`.
 
@@ -408,6 +450,9 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "imtl_g": _imtl_g,
     "aligned_mtl": _aligned_mtl,
     "config": _config,
+    "graddrop": _graddrop,
+    "krum": _krum,
+    "trimmed_mean": _trimmed_mean,
     "primary": _primary,
     "mgda_ub": _mgda,
     "aligned_mtl_ub": _aligned_mtl,

@@ -391,7 +391,9 @@ class Balancer:
         w: Tensor | None
         if isinstance(aggregator, JacobianAggregator):
             jacobian = rows.jacobian[present]
-            direction = aggregator.direction(jacobian, features=call.features)  # type: ignore[call-arg]
+            direction = aggregator.direction(  # type: ignore[call-arg]
+                jacobian, features=call.features, **self._taking_part(present)
+            )
             w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
         else:
             w, head_weights = self._weights(found.host, present)

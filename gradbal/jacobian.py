@@ -539,8 +539,11 @@ def shared_indices(
 
 
 def _like(part: Tensor, parameter: Tensor) -> Tensor:
-    """A flat part seen in the parameter's shape, and memory format where that is dense."""
-    if parameter.is_contiguous():
+    """A flat part seen in the parameter's shape, and memory format where that is dense.
+
+    A representation's stays in the order of its indices, in which aggregators look at it.
+    """
+    if parameter.is_contiguous() or not parameter.is_leaf:
         return part.view(parameter.shape)
     for memory_format, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format):

@@ -270,3 +270,17 @@ def test_unreached_parts_of_a_row_are_zero() -> None:
         assert bool(rows.jacobian[0, :trunk].any())
         assert not bool(rows.jacobian[0, trunk:].any())
         assert bool(rows.jacobian[1, trunk:].any())
+
+
+@pytest.mark.parametrize("aggregator", ["upgrad", "mgda"])
+def test_a_representation_may_be_in_channels_last(aggregator: str) -> None:
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = make("ChannelsLast").to(memory_format=memory_format)
+        z = model.trunk(model.batch().to(memory_format=memory_format))
+        assert z.is_contiguous(memory_format=memory_format)
+        opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), aggregator)
+        opt.backward([(model.a(z) - 1).square().mean(), model.b(z).square().mean()], features=z)
+        found.append([p.grad for p in model.parameters()])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q)

@@ -23,6 +23,7 @@ COUNTERPARTS: dict[str, str] = {
     "config": "ConFIG",
     "dualproj": "DualProj",
     "fairgrad": "FairGrad",
+    "graddrop": "GradDrop",
     "imtl_g": "IMTLG",
     "krum": "Krum",
     "mgda": "MGDA",
@@ -41,7 +42,7 @@ class Row:
     """One method at one T.
 
     ratio: median of our CPU time over the other's in the same round; None when the other could not
-    run. reason: why it could not.
+    run, or the method needs more tasks. reason: why the other could not.
     """
 
     method: str
@@ -99,6 +100,9 @@ def measure_against_torchjd(
         if method not in COUNTERPARTS:
             continue
         for n_tasks in task_counts:
+            if n_tasks < gradbal.info(method).promises.min_tasks:
+                yield Row(method, n_tasks, None)
+                continue
             torch.manual_seed(0)
             j = torch.randn(n_tasks, width)
             try:
@@ -128,6 +132,9 @@ def measure_against_floor(
         if gradbal.info(method).kind != "gramian":
             continue
         for n_tasks in task_counts:
+            if n_tasks < gradbal.info(method).promises.min_tasks:
+                yield Row(method, n_tasks, None)
+                continue
             torch.manual_seed(0)
             j = torch.randn(n_tasks, width)
             w = torch.ones(n_tasks)

@@ -46,4 +46,7 @@ class AlignedMTLUB(AlignedMTL):
         torch.Size([2, 2])
     """
 
-    needs_features = True
+    @property
+    def needs_features(self) -> bool:
+        """True."""
+        return True

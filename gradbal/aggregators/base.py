@@ -36,6 +36,7 @@ __all__ = [
     "Scalarizer",
     "as_weights",
     "in_range",
+    "integer",
     "one_of",
     "preference",
     "relative_cutoff",
@@ -145,6 +146,18 @@ def in_range(
         raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
 
 
+def integer(name: str, value: Any, low: int = 0) -> None:
+    """Checks a hyperparameter: an integer from `low` on.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, found {value!r}")
+    in_range(name, value, low)
+
+
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Checks a hyperparameter that is one of a few values.
 
@@ -175,8 +188,6 @@ class Aggregator(ABC):
     """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
     learning_rate: float | None = None
     """The wrapped optimizer's, of its first param group, at this step."""
-    needs_features: bool = False
-    """Whether it works on gradients at a representation, `backward(losses, features=z)`."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """Constructor arguments and their values, without those that are not data."""
@@ -202,6 +213,11 @@ class Aggregator(ABC):
     def parameters(self) -> list[Parameter]:
         """The learnable weights in `param_groups()`, flat."""
         return [p for group in self.param_groups() for p in group["params"]]
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it works on gradients at a representation, `backward(losses, features=z)`."""
+        return False
 
     def objective(self, losses: Tensor, **taking_part: Any) -> Tensor:
         """What `parameters()` are trained on, from the detached losses `[T]`; 0-dim."""
@@ -466,12 +482,18 @@ class ClosureAggregator(Aggregator):
     """Consumes the closure: losses evaluated again, validation losses, independent batches."""
 
     category = "closure"
-    looks_after: bool = False
-    """Whether it needs the losses after the optimizer's step, from the closure or `update`."""
-    looks_around: bool = False
-    """Whether it evaluates the closure at displaced parameters, in `look` before the step."""
     scope: str = "all"
     """The parameters that `look` displaces: "all", or the "shared" ones."""
+
+    @property
+    def looks_after(self) -> bool:
+        """Whether it needs the losses after the optimizer's step, from the closure or `update`."""
+        return False
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether it evaluates the closure at displaced parameters, in `look` before the step."""
+        return False
 
     @abstractmethod
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -504,8 +526,10 @@ class BilevelAggregator(ClosureAggregator):
             parameters; or a gradient `[P]` of all parameters, where `gives_gradient` is set.
         """
 
-    gives_gradient: bool = False
-    """Whether `step` returns a gradient rather than weights."""
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether `step` returns a gradient rather than weights."""
+        return False
 
 
 class DoubleSamplingAggregator(ClosureAggregator):

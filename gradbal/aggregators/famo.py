@@ -82,11 +82,15 @@ class FAMO(ClosureAggregator, Scalarizer):
             min_losses if isinstance(min_losses, int | float) else list(min_losses)
         )
         self.lazy = lazy
-        self.looks_after = not lazy
         self.logits: Tensor | None = None
         self.moments: Moments | None = None
         self.before: Tensor | None = None
         self._n_tasks = 0
+
+    @property
+    def looks_after(self) -> bool:
+        """Unless lazy."""
+        return not self.lazy
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
         """Checks T, and that the losses after the last step have come.

@@ -73,7 +73,6 @@ class FORUM(MetaMixin, BilevelAggregator):
     """
 
     state_names = ("alpha", "moments", "average", "epoch")
-    gives_gradient = True
 
     def __init__(
         self,
@@ -93,6 +92,11 @@ class FORUM(MetaMixin, BilevelAggregator):
         self.meta_lr = meta_lr
         self.average: Tensor | None = None
         self.epoch = 0
+
+    @property
+    def gives_gradient(self) -> bool:
+        """True."""
+        return True
 
     def end_epoch(self) -> None:
         """The next steps move λ̄ less."""

@@ -110,11 +110,19 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
         self.step_rule = step_rule
         self.estimator = estimator
         self.scope = scope
-        self.looks_around = estimator != "free"
-        self.looks_after = estimator == "free"
         self.simplex_weights = None
         self.scale = 0.0
         self.before: Tensor | None = None
+
+    @property
+    def looks_around(self) -> bool:
+        """For all estimators but "free"."""
+        return self.estimator != "free"
+
+    @property
+    def looks_after(self) -> bool:
+        """For the estimator "free"."""
+        return self.estimator == "free"
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
         """Checks that T is as before, and that the losses after the last step have come.

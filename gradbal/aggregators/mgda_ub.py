@@ -52,4 +52,7 @@ class MGDAUB(MGDA):
         torch.Size([2, 2])
     """
 
-    needs_features = True
+    @property
+    def needs_features(self) -> bool:
+        """True."""
+        return True

@@ -87,7 +87,11 @@ class MOML(MetaMixin, BilevelAggregator):
         self.meta_lr = meta_lr
         self.norm = norm
         self.model_batch = model_batch
-        self.gives_gradient = model_batch == "train+val"
+
+    @property
+    def gives_gradient(self) -> bool:
+        """With both batches."""
+        return self.model_batch == "train+val"
 
     def step(self, evaluations: Evaluations) -> Tensor:
         """One step of α; returns `softmax(α) [T]`, or the gradient `[P]` of both batches."""

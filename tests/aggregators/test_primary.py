@@ -1,4 +1,8 @@
-"""Primary and secondary tasks: closed form, the projection by cvxpy, optimality."""
+"""Primary and secondary tasks: closed form, the projection by cvxpy, optimality, and the iteration
+that takes the place of the solve."""
+
+import copy
+import math
 
 import numpy as np
 import pytest
@@ -7,6 +11,8 @@ import torch
 import gradbal
 from tests.aggregators.inputs import random_rows
 from tests.aggregators.reference import project_on_dual_cone
+from tests.states import assert_same, root_at_zero, snapshot
+from tests.zoo import make
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -76,6 +82,173 @@ def test_tasks_that_sit_out():
     assert not gradbal.create("primary", primary=1).weights(part, tasks=[0, 2]).any()
 
 
+def iterative(**keywords):
+    return gradbal.create("primary", mode="iterative", **keywords)
+
+
+def opposed(n_tasks, width, seed, spread):
+    """Rows of which the secondary ones are against the primary one, in part and on the whole."""
+    j = torch.from_numpy(random_rows(n_tasks, width, seed, spread) - 0.3)
+    j[1:] -= j[1:].norm(dim=1, keepdim=True) * j[0] / j[0].norm()
+    return j
+
+
+@pytest.mark.parametrize(("n_tasks", "width"), [(2, 5), (3, 20), (5, 8)])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("lr", [0.3, 1.0, 1.9])
+def test_the_iteration_converges_to_the_projection_on_fixed_gradients(n_tasks, width, beta, lr):
+    for seed in (1, 2):
+        j = opposed(n_tasks, width, seed, spread=1e6)
+        g = j @ j.T
+        method = iterative(lr=lr, secondary_weight=beta)
+        for _ in range(1000):
+            w = method.weights(g)
+        wanted = gradbal.create("primary", secondary_weight=beta).direction(j)
+        size = float(w @ j.norm(dim=1))
+        assert float((w @ j - wanted).norm()) < 1e-9 * size
+        assert beta > 0 or (w[1:] > 0).any()
+
+
+def test_two_steps_by_hand():
+    # |g_0| = 1, g_1 = 4u, g_2 = v/10 with ⟨u, g_0⟩ = −0.8, ⟨v, g_0⟩ = −0.6, ⟨u, v⟩ = 0; L = 1.
+    j = torch.tensor([[1.0, 0.0], [-3.2, 2.4], [-0.06, -0.08]], dtype=torch.float64)
+    method = iterative(lr=0.5)
+    # ν = ½(0.8, 0.6); λ_1 = 0.4/4, λ_2 = 0.3/0.1.
+    w = method.weights(j @ j.T)
+    torch.testing.assert_close(w, torch.tensor([1.0, 0.1, 3.0], dtype=torch.float64))
+    # ν = (0.4, 0.3) − ½((0.4, 0.3) − (0.8, 0.6)) = (0.6, 0.45).
+    w = method.weights(j @ j.T)
+    torch.testing.assert_close(w, torch.tensor([1.0, 0.15, 4.5], dtype=torch.float64))
+    # A task that now agrees: ν_1 = max(0, 0.6 − ½(0.6 + 0.8)), ν_2 = 0.45 − ½(0.45 − 0.6).
+    j[1] *= -1
+    w = method.weights(j @ j.T)
+    torch.testing.assert_close(w, torch.tensor([1.0, 0.0, 5.25], dtype=torch.float64))
+
+
+def test_the_step_is_divided_by_the_largest_eigenvalue():
+    # Two secondary tasks with the same gradient: L = 2, and a step of 1 would overshoot.
+    j = torch.tensor([[1.0, 0.0], [-0.6, 0.8], [-0.6, 0.8]], dtype=torch.float64)
+    w = iterative().weights(j @ j.T)
+    torch.testing.assert_close(w, torch.tensor([1.0, 0.3, 0.3], dtype=torch.float64))
+    torch.testing.assert_close(w @ j, gradbal.create("primary").direction(j))
+
+
+def test_one_secondary_task_is_exact_at_every_step():
+    exact, method = gradbal.create("primary", primary=1), iterative(primary=1)
+    for seed in range(50):
+        j = torch.from_numpy(random_rows(2, 5, seed, spread=1e6) - 0.3)
+        torch.testing.assert_close(method.weights(j @ j.T), exact.weights(j @ j.T))
+
+
+@pytest.mark.parametrize("lr", [0.2, 1.0])
+def test_the_scales_of_the_losses_change_nothing_in_the_iteration(lr):
+    generator = torch.Generator().manual_seed(0)
+    plain, scaled = iterative(lr=lr), iterative(lr=lr)
+    # At every step other ones.
+    for step in range(20):
+        j = opposed(4, 9, step, spread=1.0)
+        s = 10 ** (8 * torch.rand(4, 1, generator=generator, dtype=torch.float64) - 4)
+        s[0] = 1.0
+        d = plain.direction(j)
+        torch.testing.assert_close(scaled.direction(s * j), d, rtol=1e-9, atol=1e-12)
+    d = plain.direction(j)
+    torch.testing.assert_close(scaled.direction(1e8 * j), 1e8 * d, rtol=1e-9, atol=1e-4)
+
+
+def test_a_small_gradient_leaves_no_large_multiplier_behind():
+    j = opposed(3, 9, 0, spread=1.0)
+    method = iterative(lr=0.5)
+    method.direction(torch.stack([j[0], 1e-8 * j[1], j[2]]))
+    assert float(method.direction(j).norm()) <= float(j[0].norm()) * 3
+
+
+def test_the_iteration_on_degenerate_gradients():
+    g = torch.randn(6, dtype=torch.float64)
+    torch.testing.assert_close(iterative().direction(g[None]), g)
+    assert float(iterative().direction(torch.stack([g, -50 * g])).norm()) < 1e-12
+    zero = iterative()
+    torch.testing.assert_close(zero.direction(torch.stack([g, 0 * g, -g])), 0 * g)
+    assert zero.weights(torch.zeros(3, 3)).tolist() == [1, 1, 1]
+    before = zero.multipliers
+    assert before.tolist() == pytest.approx([0, 0, 1])
+    # Without a primary gradient there is nothing to learn from.
+    assert not zero.direction(torch.stack([0 * g, g, -2 * g])).any()
+    assert torch.equal(zero.multipliers, before)
+
+
+def test_multipliers_stay_with_tasks_that_sit_out():
+    j = opposed(4, 9, 0, spread=10.0)
+    method, part = iterative(primary=1), iterative(primary=1)
+    j = j[[1, 0, 2, 3]]
+    for each in (method, part):
+        each.weights(j @ j.T)
+    before = method.multipliers
+    some = j[[0, 1, 3]]
+    w = method.weights(some @ some.T, tasks=[0, 1, 3])
+    assert method.multipliers[2] == before[2] > 0
+    assert not torch.equal(method.multipliers[[0, 3]], before[[0, 3]])
+    part.multipliers = before[[0, 1, 3]]
+    assert torch.equal(part.weights(some @ some.T), w)
+    before = method.multipliers
+    some = j[[0, 3]]
+    w = method.weights(some @ some.T, tasks=[0, 3])
+    assert torch.equal(method.multipliers, before)
+    assert not w.any()
+
+
+def trained(**keywords):
+    model = make("Plain")
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    opt = gradbal.MultiTaskOptimizer(sgd, iterative(lr=0.3), **keywords)
+    return model, opt
+
+
+def steps(model, opt, n):
+    for _ in range(n):
+        opt.zero_grad()
+        opt.backward(model.losses(model.batch()))
+        opt.step()
+
+
+def test_the_iteration_goes_on_from_a_checkpoint():
+    model, opt = trained()
+    steps(model, opt, 3)
+    assert opt.aggregator.multipliers.any()
+    state = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    steps(model, opt, 3)
+    twin, other = trained()
+    twin.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    steps(twin, other, 3)
+    assert_same(snapshot(twin, other), snapshot(model, opt))
+    opt.aggregator.reset()
+    assert opt.aggregator.multipliers is None
+
+
+def test_another_number_of_tasks_is_an_error():
+    model, opt = trained()
+    steps(model, opt, 1)
+    before = snapshot(model, opt)
+    with pytest.raises(ValueError, match="3"):
+        opt.backward(model.losses(model.batch())[:2])
+    assert_same(snapshot(model, opt), before)
+    method = iterative()
+    method.weights(torch.eye(3))
+    with pytest.raises(ValueError, match="`primary` has 3 tasks, found 4"):
+        method.weights(torch.eye(4))
+
+
+def test_the_first_step_of_the_iteration_may_lack_a_task():
+    model, opt = trained(nonfinite="drop")
+    losses = model.losses(model.batch())
+    losses[1] = losses[1] + root_at_zero(model.trunk[0].weight)
+    opt.backward(losses)
+    assert opt.weights[1] == 0
+    assert len(opt.aggregator.multipliers) == 3
+    assert opt.aggregator.multipliers[1] == 0
+    assert math.isclose(float(opt.weights[0]), 1)
+
+
 def test_bad_hyperparameters():
     with pytest.raises(TypeError, match="`primary` must be an integer, found 'depth'"):
         gradbal.create("primary", primary="depth")
@@ -83,6 +256,11 @@ def test_bad_hyperparameters():
         gradbal.create("primary", primary=-1)
     with pytest.raises(ValueError, match="`secondary_weight` must be in"):
         gradbal.create("primary", secondary_weight=-1.0)
+    with pytest.raises(ValueError, match="`mode` must be one of 'exact', 'iterative'"):
+        gradbal.create("primary", mode="fast")
+    for lr in (0.0, 2.0):
+        with pytest.raises(ValueError, match=rf"`lr` must be in \(0, 2\), found {lr}"):
+            gradbal.create("primary", lr=lr)
     method = gradbal.create("primary", primary=2)
     with pytest.raises(ValueError, match="the index of one of 2 tasks, found 2"):
         method.weights(torch.eye(2))

@@ -123,6 +123,11 @@ def test_speed_solvers_measures_both_ratios():
     assert all(r.ratio is not None and r.ratio > 0 for r in rows)
     rows = [*measure_against_floor(["mgda", "uw"], [3], 1, width=10)]
     assert [(r.method, r.n_tasks) for r in rows] == [("mgda", 3)]
+    for measure_it in (measure_against_torchjd, measure_against_floor):
+        # Krum needs three tasks.
+        two, three = measure_it(["krum"], [2, 3], 1, width=10)
+        assert (two.ratio, two.reason) == (None, "")
+        assert three.ratio > 0
 
 
 @pytest.mark.parametrize(
