@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradbal.solvers import cosine_matrix
@@ -151,7 +152,7 @@ def _in_float64(jacobian: Tensor) -> bool:
 
 def _blocked(jacobian: Tensor) -> Tensor:
     n_blocks = jacobian.shape[1] // BLOCK
-    whole = jacobian[:, : n_blocks * BLOCK].view(-1, n_blocks, BLOCK).transpose(0, 1)
+    whole = jacobian[:, : n_blocks * BLOCK].view(len(jacobian), n_blocks, BLOCK).transpose(0, 1)
     total = torch.bmm(whole, whole.mT).double().sum(0)
     rest = jacobian[:, n_blocks * BLOCK :]
     return total + (rest @ rest.mT).double() if rest.shape[1] else total
@@ -168,7 +169,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast would take the products to half precision."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
