@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.aggregators.base import Scalarizer, in_range, one_of
+from gradbal.aggregators.base import Scalarizer, as_weights, in_range, one_of
 from gradbal.registry import Promises, register
 
 __all__ = ["UW", "uw"]
@@ -161,5 +162,5 @@ def uw(losses: Tensor, log_variance: Tensor, kinds: Sequence[str]) -> Tensor:
     Returns:
         0-dim.
     """
-    factor = torch.tensor([_FACTOR[k] for k in kinds], dtype=losses.dtype, device=losses.device)
+    factor = as_weights(np.array([_FACTOR[k] for k in kinds]), losses)
     return (factor * torch.exp(-log_variance) * losses + 0.5 * log_variance).sum()
