@@ -26,6 +26,7 @@ from gradbal.jacobian import (
     gramian,
     reached_parameters,
     shared_indices,
+    upload,
     wants_exact,
 )
 
@@ -175,7 +176,7 @@ class Balancer:
 
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
         aggregator = self.aggregator
-        if not self._needs_jacobian(call.accumulate):
+        if not self.needs_jacobian(call.accumulate):
             return self._single_step
         if call.features is not None:
             return self._features_step
@@ -186,7 +187,8 @@ class Balancer:
             return self._rows_step if aggregator.probed_parameters() is None else self._probe_step
         return self._rows_step
 
-    def _needs_jacobian(self, accumulate: bool) -> bool:
+    def needs_jacobian(self, accumulate: bool) -> bool:
+        """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
         if self.rows.pending:
             return True
         if isinstance(self.aggregator, Scalarizer):
@@ -302,19 +304,18 @@ class Balancer:
         """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
         aggregator, jacobian = self.aggregator, self.rows.jacobian
         everyone = len(present) == len(jacobian)
-        # The row of a task that sits out may hold NaN, which no weight takes away.
-        rows = jacobian if everyone else jacobian[present]
-        values = host.losses if everyone else host.losses[present]
+        rows, values = _rows_of(jacobian, present), _rows_of(host.losses, present)
         if isinstance(aggregator, JacobianAggregator):
             plain = rows if scale is None else rows / scale.to(rows)
             direction = aggregator.direction(plain, values, **self._taking_part(present))
-            factor: float | Tensor = self._gain(present)
+            if self._gain(present) != 1.0:
+                direction = direction * self._gain(present)
             if scale is not None:
-                factor = factor * scale.to(direction)
+                direction = direction * scale.to(direction)
             w = _spread(aggregator.last_weights, jacobian, present)
             heads = _spread(aggregator.last_head_weights, jacobian, present)
             weights = w * self._gain(present) if aggregator.weighted else None
-            return direction if factor == 1.0 else direction * factor, weights, heads
+            return direction, weights, heads
         if host.gramian.dim() == 3:
             assert isinstance(aggregator, GramianAggregator)
             assert aggregator.column_groups(self.rows.shapes) is not None
@@ -390,14 +391,14 @@ class Balancer:
         present = found.present
         w: Tensor | None
         if isinstance(aggregator, JacobianAggregator):
-            jacobian = rows.jacobian[present]
+            jacobian = _rows_of(rows.jacobian, present)
             direction = aggregator.direction(  # type: ignore[call-arg]
                 jacobian, features=call.features, **self._taking_part(present)
             )
             w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
         else:
             w, head_weights = self._weights(found.host, present)
-            direction = combine(w[present], rows.jacobian[present])
+            direction = combine(w[present], _rows_of(rows.jacobian, present))
         factors_of = self._head_factors(head_weights, present)
         shared = [None if f is None else 1.0 for f in factors_of]
         if w is not None:
@@ -434,7 +435,7 @@ class Balancer:
         gathered: list[Rows] = []
         norms = []
         for batch in batches:
-            factors = self._transformed(batch)[1]
+            values, factors = self._transformed(batch)
             roots = batch.roots(factors if scale is None else factors * scale.to(factors))
             rows = Rows(self.shared_params)
             rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
@@ -444,8 +445,8 @@ class Balancer:
                     f"{len(gathered[0].shared)} and {len(rows.shared)} shared ones"
                 )
             gathered.append(rows)
-            extremes = rows.head_extremes()
-            norms.append(torch.maximum(extremes, rows.jacobian.abs().amax(1).to(extremes)))
+            largest = [rows.head_extremes(), rows.jacobian.abs().amax(1), values.abs()]
+            norms.append(torch.stack([x.double() for x in largest]).amax(0))
         first = gathered[0]
         values = self._transformed(call.batch)[0]
         pending = self._gather(call.batch, values, call.absent)
@@ -459,7 +460,7 @@ class Balancer:
         present = found.present
         w, head_weights = self._weights(host, present)
         first.mix(gathered, aggregator.shares, aggregator.head_shares)
-        direction = combine(w[present], first.jacobian[present])
+        direction = combine(w[present], _rows_of(first.jacobian, present))
         first.deliver(direction, self._head_factors(head_weights, present))
         self._finish(w, head_weights, None, found.absent)
         return True
@@ -496,7 +497,8 @@ class Balancer:
         if call.scale is not None:
             factors = factors * call.scale.to(factors)
         present = [i for i in range(len(batch.names)) if i not in absent]
-        w, head_weights = (_only(v.to(factors), present) for v in weights)
+        device, dtype = factors.device, factors.dtype
+        w, head_weights = (_only(upload(v, device).to(dtype), present) for v in weights)
         if self.heads == "own":
             head_weights = _only(torch.ones_like(factors), present)
         if self.heads == "weighted" and weights[0] is weights[1]:
@@ -512,10 +514,12 @@ class Balancer:
     ) -> tuple[Tensor, Tensor]:
         """Weights and head weights `[T]`, the same object where they are the same."""
         if refreshes:
-            w = torch.zeros_like(values)
-            part = values if len(present) == len(values) else values[present]
             assert isinstance(self.aggregator, Scalarizer)
-            w[present] = self.aggregator.loss_weights(part, **self._taking_part(present)).to(w)
+            part = _rows_of(values, present)
+            found = self.aggregator.loss_weights(part, **self._taking_part(present))
+            w = upload(found, values.device).to(values.dtype, copy=True)
+            if len(present) < len(values):
+                w = torch.zeros_like(values).index_put_((torch.tensor(present),), w)
             return (w * self._gain(present) if self.match_sum else w), w
         assert self.weights is not None
         return self.weights, self.weights if self.head_weights is None else self.head_weights
@@ -535,7 +539,7 @@ class Balancer:
         own = self.aggregator.parameters()
         if not own:
             return
-        part = values.detach()[present]
+        part = _rows_of(values.detach(), present)
         with torch.enable_grad():
             total = self.aggregator.objective(part, **self._taking_part(present))
             grads = torch.autograd.grad(total, own)
@@ -575,15 +579,21 @@ class Balancer:
         assert self.tasks is not None
         losses = self._pending.losses
         device = losses.device
-        self.weights = None if weights is None else weights.detach().to(device)
+        self.weights = None if weights is None else upload(weights.detach(), device)
         apart = weights is not None and head_weights is not weights
-        self.head_weights = head_weights.detach().to(device) if apart else None
+        self.head_weights = upload(head_weights.detach(), device) if apart else None
         self.gramian, self.losses = g, losses
         for i in absent:
             name = self.tasks[i]
             self.n_dropped[name] = self.n_dropped.get(name, 0) + 1
         self.n_steps += 1
         self.give_up_pending()
+
+
+def _rows_of(rows: Tensor, present: list[int]) -> Tensor:
+    """What belongs to the tasks that take part. The row of one that sits out may hold NaN, which no
+    weight takes away; where all take part nothing is copied, nor an index sent to the device."""
+    return rows if len(present) == len(rows) else rows[present]
 
 
 def _only(weights: Tensor, present: list[int]) -> Tensor:

@@ -160,6 +160,7 @@ class Evaluations:
     def begin(self, losses: Losses) -> None:
         """Takes the training losses at the current point."""
         self.here, self._names = losses, losses.names
+        self._check_finite(losses.values, "losses", "train")
 
     def losses(self, source: Source = "train") -> Tensor:
         """`[T]`, without grad."""

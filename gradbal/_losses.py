@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.jacobian import hooks_held_back
+from gradbal.jacobian import hooks_held_back, upload
 
 __all__ = ["Losses", "read_losses"]
 
@@ -65,7 +65,7 @@ class Losses:
 
         The losses of `absent` tasks are left out of the pass, since zero times NaN is NaN.
         """
-        weights = weights.to(self.values.device)
+        weights = upload(weights, self.values.device)
         if isinstance(self.tensors, Tensor) and not absent:
             grad = weights.to(self.tensors.dtype)
             torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)

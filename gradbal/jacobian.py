@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradbal.solvers import cosine_matrix
@@ -25,6 +26,7 @@ __all__ = [
     "hooks_held_back",
     "reached_parameters",
     "shared_indices",
+    "upload",
     "wants_exact",
 ]
 
@@ -110,7 +112,8 @@ def wants_exact(gramian: Tensor, jacobian: Tensor) -> bool:
     g = gramian.numpy()
     low, high = _SAFE_SQUARES
     odd = ~((g.diagonal() > low) & (g.diagonal() < high))
-    if odd.any() and bool(jacobian[torch.from_numpy(odd).to(jacobian.device)].any()):
+    # One look: a boolean mask would be another, for how many rows there are.
+    if odd.any() and bool(torch.stack([jacobian[i].any() for i in np.flatnonzero(odd)]).any()):
         return True
     cosines = cosine_matrix(g[~odd][:, ~odd])[0]
     try:
@@ -134,7 +137,7 @@ def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
         >>> combine(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor([0.5000, 0.5000])
     """
-    jacobian, weights = jacobian.detach(), weights.detach().to(jacobian.device)
+    jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
     with _no_autocast(jacobian):
         if _in_float64(jacobian):
             return (weights.double() @ jacobian.double()).to(jacobian.dtype)
@@ -145,13 +148,24 @@ def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
         return torch.cat(parts)
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A few numbers on the device where they are needed.
+
+    A plain copy from the host to a GPU waits until all the work before it is done; one from pinned
+    memory, which PyTorch keeps until it has arrived, does not.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def _in_float64(jacobian: Tensor) -> bool:
     return jacobian.dtype == torch.float64 or jacobian.numel() <= SMALL
 
 
 def _blocked(jacobian: Tensor) -> Tensor:
     n_blocks = jacobian.shape[1] // BLOCK
-    whole = jacobian[:, : n_blocks * BLOCK].view(-1, n_blocks, BLOCK).transpose(0, 1)
+    whole = jacobian[:, : n_blocks * BLOCK].view(len(jacobian), n_blocks, BLOCK).transpose(0, 1)
     total = torch.bmm(whole, whole.mT).double().sum(0)
     rest = jacobian[:, n_blocks * BLOCK :]
     return total + (rest @ rest.mT).double() if rest.shape[1] else total
@@ -168,7 +182,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast would take the products to half precision."""
     device = tensor.device.type
-    if torch.is_autocast_enabled(device):
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -467,12 +481,16 @@ class Rows:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
         device = self._current.buffer.device
-        largest = []
-        for head in self.heads:
-            norms = torch._foreach_norm(list(head.values()), float("inf")) if head else ()
-            same = [n.to(device, torch.float32) for n in norms]
-            largest.append(torch.stack(same).amax() if same else torch.zeros((), device=device))
-        return torch.stack(largest)
+        grads = [g for head in self.heads for g in head.values()]
+        if not grads:
+            return torch.zeros(len(self.heads), device=device)
+        norms = iter(torch._foreach_norm(grads, float("inf")))
+        zero = torch.zeros((), device=device)
+        width = max(map(len, self.heads))
+        # Filled up with zeros: one operator for all tasks.
+        rows = [[next(norms).to(device, torch.float32) for _ in head] for head in self.heads]
+        entries = [n for row in rows for n in row + [zero] * (width - len(row))]
+        return torch.stack(entries).view(len(rows), width).amax(1)
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffer is worth a copy only where gradients are pending in it.

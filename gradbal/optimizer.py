@@ -256,12 +256,13 @@ class MultiTaskOptimizer(Optimizer):
             for each in (batch, *others):
                 _check_positive(each)
         parameters = self._trained()
+        single_pass = not balancer.needs_jacobian(accumulate)
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
             scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
         else:
-            absent = self._absent(batch, *others)
+            absent = self._absent([batch, *others], single_pass)
         self.aggregator.learning_rate = _learning_rate(self.optimizer)
         if absent is not None:
             self.aggregator.prepare(len(batch.names), batch.values)
@@ -277,7 +278,13 @@ class MultiTaskOptimizer(Optimizer):
             balancer.give_up_pending()
             self._n_skipped += 1
             self._spoiled, self._skip_step = accumulate, True
-        elif scale is None and device.type != "cpu" and self.gramian is None and not accumulate:
+        elif (
+            scale is None
+            and device.type != "cpu"
+            and single_pass
+            and not accumulate
+            and not self._drops_from(single_pass)
+        ):
             assert self.losses is not None
             self._late = LateCheck(self.losses, batch.names)
 
@@ -548,13 +555,13 @@ class MultiTaskOptimizer(Optimizer):
         self.zero_grad()
         losses = train.first()
         batch = read_losses(losses, balancer.tasks)
-        if self._absent(batch) is None:
+        if self._absent([batch], single_pass=True) is None:
             self._n_skipped += 1
             return losses
         evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
-        evaluations.begin(batch)
         before = aggregator.state_dict()
         try:
+            evaluations.begin(batch)
             aggregator.learning_rate = _learning_rate(self.optimizer)
             aggregator.prepare(len(batch.names), batch.values)
             found = aggregator.step(evaluations)
@@ -572,14 +579,17 @@ class MultiTaskOptimizer(Optimizer):
         self.optimizer.step()
         return losses
 
-    def _absent(self, *batches: Losses) -> frozenset[int] | None:
+    def _drops_from(self, single_pass: bool) -> bool:
+        """Whether a task may have to be left out of a single pass, before it starts."""
+        drops = self._balancer.nonfinite == "drop" and not isinstance(self.aggregator, Scalarizer)
+        return drops and single_pass
+
+    def _absent(self, batches: Sequence[Losses], single_pass: bool) -> frozenset[int] | None:
         """Tasks that sit this step out since their loss is not finite; None skips the step."""
         policy, batch = self._balancer.nonfinite, batches[0]
-        if batch.values.device.type != "cpu" and (
-            isinstance(self.aggregator, Scalarizer) or policy != "drop"
-        ):
-            # Reading would wait for the device. The losses come to the host with the Gramian; for
-            # a scalarizer `step` looks at a copy.
+        if batch.values.device.type != "cpu" and not self._drops_from(single_pass):
+            # Reading would wait for the device. The losses come to the host with the Gramian; after
+            # a single pass `step` looks at a copy.
             return frozenset()
         bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
         if bad and policy == "raise":

@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import BLOCK, SMALL, Rows, combine, gramian, reached_parameters
+from gradbal.jacobian import BLOCK, CHUNK, SMALL, Rows, combine, gramian, reached_parameters
 from tests.zoo import METHODS, make
 
 GRAMIAN = [n for n in METHODS if gradbal.info(n).kind == "gramian"]
@@ -48,6 +48,18 @@ def test_gramian_is_that_of_float64(width: int, dtype: torch.dtype) -> None:
     j = _matrix(3, width, dtype)
     assert _cosine_error(gramian(j), j) <= TOLERANCE[dtype]
     assert _cosine_error(gramian(j, exact=True), j) <= 1e-13
+
+
+def test_a_device_without_autocast() -> None:
+    j = torch.ones(2, 5, device="meta")
+    assert combine(gramian(j).sum(1), j).shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_tasks", "width"), [(2, CHUNK + 1), (SMALL // 100, 101)])
+def test_less_than_a_block_is_left(n_tasks: int, width: int, dtype: torch.dtype) -> None:
+    j = torch.ones(n_tasks, width, dtype=dtype)
+    assert bool((gramian(j)[:2] == width).all())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

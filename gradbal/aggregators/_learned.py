@@ -44,6 +44,7 @@ class LearnedMixin:
         # Empty until T is known; the same object all along, since the optimizer holds it.
         self.learned = Parameter(torch.empty(0))
         self._n_tasks = 0
+        self._place = torch.float32, torch.device("cpu")
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group: s, with its own learning rate and weight decay."""
@@ -60,19 +61,18 @@ class LearnedMixin:
         """
         if self.learned.numel() not in (0, n_tasks):
             raise ValueError(f"`{self.name}` has {self.learned.numel()} tasks, found {n_tasks}")
+        # Half precision would round steps of 0.001 away.
+        self._place = torch.promote_types(like.dtype, torch.float32), like.device
         self._n_tasks = n_tasks
 
-    def clamped(self, like: Tensor) -> Parameter:
-        """s, made or brought back into its bounds; of at least the dtype and on the device of
-        `like`. Only a step that is taken gets here."""
-        s = self.learned
+    def clamped(self) -> Parameter:
+        """s, made or brought back into its bounds. Only a step that is taken gets here."""
+        s, (dtype, device) = self.learned, self._place
         if s.numel() == 0:
-            # Half precision would round steps of 0.001 away.
-            dtype = torch.promote_types(like.dtype, torch.float32)
             first = float(self.init)
-            s.data = torch.full((self._n_tasks,), first, dtype=dtype, device=like.device)
-        elif s.device != like.device:
-            s.data = s.data.to(like.device)
+            s.data = torch.full((self._n_tasks,), first, dtype=dtype, device=device)
+        elif s.device != device:
+            s.data = s.data.to(device)
         if self.clamp is not None:
             with torch.no_grad():
                 s.clamp_(-self.clamp, self.clamp)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.jacobian import combine, gramian, wants_exact
+from gradbal.jacobian import combine, gramian, upload, wants_exact
 from gradbal.registry import Promises
 from gradbal.solvers import ZERO_ROW, Array, Indices, cosine_matrix, positive_part
 
@@ -61,7 +61,7 @@ def symmetric_float64(gramian: Tensor) -> Array:
 
 def as_weights(weights: Array, like: Tensor) -> Tensor:
     """`weights [T]` as a tensor of the dtype and on the device of `like`."""
-    return torch.from_numpy(np.ascontiguousarray(weights)).to(like.device, like.dtype)
+    return upload(torch.from_numpy(np.ascontiguousarray(weights)).to(like.dtype), like.device)
 
 
 def solve_active(

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import Scalarizer
+from gradbal.aggregators.base import Scalarizer, as_weights
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array
 
@@ -82,7 +81,7 @@ class Constant(Scalarizer):
 
 def constant(losses: Tensor, w: Sequence[float]) -> Tensor:
     """`Σ w_i ℓ_i` from losses `[T]` and as many weights: 0-dim."""
-    return (torch.tensor(w, dtype=losses.dtype, device=losses.device) * losses).sum()
+    return (as_weights(np.asarray(w), losses) * losses).sum()
 
 
 def _checked(w: Any) -> Array:

@@ -91,9 +91,9 @@ class IMTL(LearnedMixin, GramianAggregator):
         Raises:
             ValueError: another number of tasks than before.
         """
-        if tasks is None:
+        if tasks is None and len(gramian) != self._n_tasks:
             self.prepare(len(gramian), gramian)
-        s = self.clamped(gramian if losses is None else losses).detach()
+        s = self.clamped().detach()
         s = s if tasks is None else s[list(tasks)]
         self._factors = s.to(gramian.device, torch.float64).exp()
         return imtl(gramian, self._factors, guard=self.guard)

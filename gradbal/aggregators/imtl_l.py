@@ -79,8 +79,8 @@ class IMTLL(LearnedMixin, Scalarizer):
         """
         if tasks is None:
             self.prepare(len(losses), losses)
-            return imtl_l(losses, self.clamped(losses))
-        return imtl_l(losses, self.clamped(losses)[list(tasks)])
+            return imtl_l(losses, self.clamped())
+        return imtl_l(losses, self.clamped()[list(tasks)])
 
 
 def imtl_l(losses: Tensor, log_factor: Tensor) -> Tensor:

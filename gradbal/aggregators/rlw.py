@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import RandomMixin, Scalarizer, one_of
+from gradbal.aggregators.base import RandomMixin, Scalarizer, as_weights, one_of
 from gradbal.registry import Promises, register
 
 __all__ = ["DISTRIBUTIONS", "RLW", "rlw"]
@@ -61,7 +61,7 @@ class RLW(RandomMixin, Scalarizer):
     def scalarize(self, losses: Tensor) -> Tensor:
         """`Σ w_i ℓ_i` from losses `[T]`, with weights drawn for this call."""
         w = rlw(len(losses), self.distribution, self.generator)
-        return (w.to(losses) * losses).sum()
+        return (as_weights(w.numpy(), losses) * losses).sum()
 
 
 def rlw(n_tasks: int, distribution: str = "normal", generator: Generator | None = None) -> Tensor:

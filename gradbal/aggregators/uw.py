@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradbal.aggregators._learned import LearnedMixin
-from gradbal.aggregators.base import Scalarizer, one_of
+from gradbal.aggregators.base import Scalarizer, as_weights, one_of
 from gradbal.registry import Promises, register
 
 __all__ = ["UW", "uw"]
@@ -110,7 +111,7 @@ class UW(LearnedMixin, Scalarizer):
         """
         if tasks is None:
             self.prepare(len(losses), losses)
-        s = self.clamped(losses)
+        s = self.clamped()
         kinds = self.kinds(len(s))
         if tasks is None:
             return uw(losses, s, kinds)
@@ -128,5 +129,5 @@ def uw(losses: Tensor, log_variance: Tensor, kinds: Sequence[str]) -> Tensor:
     Returns:
         0-dim.
     """
-    factor = torch.tensor([_FACTOR[k] for k in kinds], dtype=losses.dtype, device=losses.device)
+    factor = as_weights(np.array([_FACTOR[k] for k in kinds]), losses)
     return (factor * torch.exp(-log_variance) * losses + 0.5 * log_variance).sum()
