@@ -82,6 +82,8 @@ def solve_active(
         return as_weights(np.full(len(g), neutral), gramian)
     if gramian.dtype != torch.float64:
         c = positive_part(c)
+    if len(active) == len(g):
+        return as_weights(solve(c, n, active), gramian)
     w = np.zeros(len(g))
     w[active] = solve(c, n, active)
     return as_weights(w, gramian)

@@ -13,7 +13,7 @@ from gradbal.aggregators.base import (
     symmetric_float64,
 )
 from gradbal.registry import Promises, register
-from gradbal.solvers import ZERO_ROW, Array, Indices, checked, simplex_qp
+from gradbal.solvers import ZERO_ROW, Array, Indices, checked, least_norm
 
 __all__ = ["MGDA", "mgda"]
 
@@ -123,7 +123,7 @@ def mgda(
             lengths = lengths / (divisors[active] / divisors[active].min())
         # y_i = lengths_i w_i; the constraint Σ w_i = 1 becomes aᵀy = 1 with a = 1/lengths.
         a = 1.0 / lengths
-        y = checked(simplex_qp(c, np.zeros_like(a), a), "MGDA's quadratic program")
+        y = checked(least_norm(c, a), "MGDA's quadratic program")
         w = a * y
         return np.asarray(w / w.sum())
 
