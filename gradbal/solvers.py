@@ -89,7 +89,7 @@ def cosine_matrix(gramian: Array, zero: float = ZERO_ROW) -> tuple[Array, Array,
         `C [k, k]`, `n [k]` and the indices `[k]` of the k active rows.
     """
     n = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
-    active = np.flatnonzero(n > zero * n.max(initial=0.0))
+    active = (n > zero * n.max()).nonzero()[0]
     if len(active) < len(n):
         gramian, n = gramian[np.ix_(active, active)], n[active]
     # A product of two norms leaves float64's range no earlier than the entry that it divides.
@@ -524,7 +524,15 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
 
 
 def symmetric_pinv(c: Array, rtol: float) -> Array:
-    """Pseudo-inverse of a positive semi-definite matrix; eigenvalues ≤ rtol·λ_max are dropped."""
+    """Pseudo-inverse of a positive semi-definite matrix; eigenvalues ≤ rtol·λ_max are dropped.
+
+    It is the inverse, which costs less, where the traces show that no eigenvalue is that small:
+    `λ_max ≤ tr C`, `1/λ_min ≤ tr C⁻¹`.
+    """
+    with contextlib.suppress(np.linalg.LinAlgError):
+        inverse = np.linalg.inv(c)
+        if 0.0 < float(c.diagonal().sum() * inverse.diagonal().sum()) * rtol < 0.1:
+            return inverse
     values, vectors = np.linalg.eigh(c)
     keep = values > rtol * values[-1]
     kept = vectors[:, keep]

@@ -70,7 +70,8 @@ def imtl_g(gramian: Tensor, *, guard: bool = True) -> Tensor:
     def solve(c: Array, n: Array, active: Indices) -> Array:
         y = symmetric_pinv(c, rtol).sum(1)
         # C C⁺ 1 is what the range of C has of the vector of ones; nothing for opposite rows.
-        if np.linalg.norm(c @ y) <= 100 * rtol * np.sqrt(len(n)):
+        reached = c @ y
+        if reached @ reached <= (100 * rtol) ** 2 * len(n):
             y = np.ones_like(n)
         v = y / (n / n.min())
         total, absolute = v.sum(), np.abs(v).sum()
