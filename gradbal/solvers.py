@@ -22,7 +22,6 @@ __all__ = [
     "RESIDUAL",
     "Solution",
     "SolverWarning",
-    "barrier_newton",
     "checked",
     "cosine_matrix",
     "fair_newton",
@@ -34,7 +33,6 @@ __all__ = [
     "positive_part",
     "simplex_qp",
     "symmetric_pinv",
-    "without_ridge",
 ]
 
 Array = NDArray[np.float64]
@@ -48,6 +46,8 @@ ZERO_ROW = 1e-12
 
 _EPS = float(np.finfo(np.float64).eps)
 _RIDGE = 1e-13
+_SHORT = 1e-3
+"""A step of Newton's method, relative to where it starts, that nearly squares with the next."""
 
 
 class SolverWarning(RuntimeWarning):
@@ -383,144 +383,98 @@ def _solve_bordered(matrix: Array, rhs: Array) -> Array:
         return np.asarray(np.linalg.lstsq(matrix, rhs, rcond=None)[0], dtype=np.float64)
 
 
-def barrier_newton(c: Array, ridge: float) -> Solution:
-    """`argmin_{v > 0} ½ vᵀ(C + ridge·I)v − Σ log v_i`, i.e. `(Cv)_i v_i = 1`, by damped Newton.
-
-    The function is self-concordant: with step `1/(1 + λ)` while the Newton decrement λ is at least
-    ¼ and full steps after, it converges from `v = 1` without a line search.
-
-    Args:
-        c: `[T, T]` cosine matrix.
-        ridge: keeps the minimiser finite where `C` is singular with a positive null vector.
-
-    Returns:
-        The minimiser and `max |v_i ((C + ridge·I)v)_i − 1|`, relative to the size of the terms.
-    """
-    size = len(c)
-    h = c + ridge * np.eye(size)
-    v = np.ones(size)
-    iterations, previous = 0, np.inf
-    for _ in range(500):
-        gradient = h @ v - 1.0 / v
-        # In the variables v_i x_i the Hessian is VHV + I: its eigenvalues are at least one.
-        scaled = v[:, None] * h * v
-        scaled.flat[:: size + 1] += 1.0
-        rhs = v * gradient
-        step = np.linalg.solve(scaled, rhs)
-        iterations += 1
-        decrement = math.sqrt(max(float(rhs @ step), 0.0))
-        if decrement < 0.25:
-            v = v * (1.0 - step)
-        else:
-            v = v * (1.0 - step / (1.0 + decrement))
-            # The best multiple of v in closed form: near a singular point v has far to go.
-            v *= math.sqrt(size / float(v @ h @ v))
-        # Full steps square the decrement, until it is rounding, which does not shrink.
-        if decrement < 1e-12 or (decrement < 0.25 and decrement > 0.5 * previous):
-            break
-        previous = decrement
-    violation = np.abs(v * (h @ v) - 1.0) / np.maximum(v * v.sum(), 1.0)
-    return Solution(v, float(violation.max()), iterations)
-
-
-def without_ridge(c: Array, v: Array) -> Array:
-    """A solution of `barrier_newton`, polished on the problem with no ridge where that has one.
-
-    The ridge shifts `v_i (Cv)_i` by `ridge·v_i²`. Near a singular point the problem without ridge
-    has no solution, or one far away: there `v` comes back as it is.
-    """
-    residual = float(np.max(np.abs(v * (c @ v) - 1.0)))
-    for _ in range(3):
-        if not 4 * _EPS < residual < 1e-3:
-            break
-        scaled = v[:, None] * c * v
-        scaled.flat[:: len(v) + 1] += 1.0
-        new = v * (1.0 - np.linalg.solve(scaled, v * (c @ v) - 1.0))
-        new_residual = float(np.max(np.abs(new * (c @ new) - 1.0)))
-        if new_residual >= residual or not (new > 0.0).all():
-            break
-        v, residual = new, new_residual
-    return v
-
-
 def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
-    """The `v = Nw > 0` with `n_i (Cv)_i = w_i^{−1/α}`, by damped Newton; C gets a ridge.
+    """The `v = Nw > 0` with `n_i (Cv)_i = w_i^{−1/α}`, by damped Newton.
 
     v minimises the strictly convex `½vᵀCv − Σ φ(v_i/n_i)` with `φ'(t) = t^{−1/α}`. Everything is
     relative to v, from `v_i = n_i^{(1−α)/(1+α)}` on, the solution for orthogonal rows: a step is
-    `v ← v(1 + step)`. At the end come steps on the problem with no ridge, where that has a solution
-    nearby.
+    `v ← v(1 + step)`. C gets a ridge until the steps are short; the last ones are on the problem
+    with no ridge, where that has a solution nearby.
 
     Args:
         c: `[T, T]` cosine matrix.
-        n: `[T]`, the row norms.
+        n: `[T]`, the row norms; of no effect for α = 1.
         alpha: in (0, 10].
         ridge: keeps the minimiser finite where `C` is singular with a positive null vector.
 
     Returns:
         v, and the largest violation of the equations, each relative to the size of its terms.
     """
-    a = 1.0 - 1.0 / alpha
+    size = len(c)
+    power = 1.0 - 1.0 / alpha
+    curvature = 1.0 + 1.0 / alpha
     # w is homogeneous in n, so the problem is solved with norms around one.
-    unit = math.exp(float(np.log(n).mean()))
-    log_n = np.log(n / unit)
-    h = c + ridge * np.eye(len(c))
+    unit = 1.0 if power == 0.0 else math.exp(float(np.log(n).mean()))
+    n = n / unit
+    ridged = c.copy()
+    ridged.flat[:: size + 1] += ridge
 
-    def value(y: Array) -> float:
-        v, log_w = np.exp(y), y - log_n
-        utility = log_w if a == 0.0 else np.expm1(a * log_w) / a
-        return 0.5 * float(v @ h @ v) - float(utility.sum())
+    def value(v: Array) -> float:
+        log_w = np.log(v / n)
+        utility = log_w if power == 0.0 else np.expm1(power * log_w) / power
+        return 0.5 * float(v @ ridged @ v) - float(utility.sum())
 
-    def newton(y: Array, h: Array) -> tuple[Array, Array]:
-        """Gradient in y = log v, and Newton's step relative to v."""
-        v, target = np.exp(y), np.exp(a * (y - log_n))
-        gradient = v * (h @ v) - target
-        m = v[:, None] * h * v
-        m.flat[:: len(v) + 1] += target / alpha
-        d = np.sqrt(np.diagonal(m))
-        return gradient, -np.linalg.solve(m / d[:, None] / d, gradient / d) / d
+    def newton(v: Array, h: Array, target: Array, gradient: Array) -> tuple[Array, float]:
+        """Newton's step relative to v, and its largest entry."""
+        scale = 1.0 / np.sqrt(v * v + target / alpha)
+        scaled = scale * v
+        m = scaled[:, None] * h * scaled
+        m.flat[:: size + 1] += scale * scale * target / alpha
+        step = -scale * np.linalg.solve(m, scale * gradient)
+        return step, float(np.abs(step).max())
 
-    def violation(y: Array, h: Array) -> float:
-        v, target = np.exp(y), np.exp(a * (y - log_n))
-        return float(np.max(np.abs(v * (h @ v) - target) / np.maximum(v * v.sum(), target)))
+    def shortened(v: Array, step: Array, gradient: Array) -> Array:
+        step = step * min(1.0, 0.95 / max(-float(step.min()), 0.5))
+        slope = float(gradient @ step)
+        # vᵀCv is a sum of terms that may cancel: below their rounding nothing is refused.
+        here = value(v) + 8 * _EPS * float(v.sum()) ** 2
+        while not value(v * (1.0 + step)) <= here + 1e-4 * slope:
+            step, slope = 0.5 * step, 0.5 * slope
+            if np.abs(step).max() < 1e-6:
+                break
+        return step
 
-    y = (1.0 - alpha) / (1.0 + alpha) * log_n
+    def last_steps(v: Array, h: Array) -> tuple[Array, float, int]:
+        """Full steps, as long as each is at most half the one before; v, violation, number."""
+        longest = _SHORT
+        for number in range(1, 20):
+            target, hv = (v / n) ** power, h @ v
+            try:
+                step, length = newton(v, h, target, v * hv - target)
+            except np.linalg.LinAlgError:
+                break
+            if not length < longest:
+                break
+            v = v * (1.0 + step)
+            if curvature * length**2 < _EPS:
+                break
+            longest = 0.5 * length
+        target = (v / n) ** power
+        gap = np.abs(v * (h @ v) - target) / np.maximum(v * v.sum(), target)
+        return v, float(gap.max()), number
+
+    v = n ** ((1.0 - alpha) / (1.0 + alpha))
     iterations, previous = 0, np.inf
     with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(500):
+        while iterations < 500 and not previous < _SHORT:
             # The best multiple of v in closed form: near a singular point v has far to go.
-            v = np.exp(y)
-            total = float(np.exp(a * (y - log_n)).sum())
-            y = y + math.log(total / float(v @ h @ v)) / (1.0 + 1.0 / alpha)
-            gradient, step = newton(y, h)
+            target, hv = (v / n) ** power, ridged @ v
+            multiple = (float(target.sum()) / float(v @ hv)) ** (1.0 / curvature)
+            v, hv, target = multiple * v, multiple * hv, multiple**power * target
+            gradient = v * hv - target
+            step, length = newton(v, ridged, target, gradient)
             iterations += 1
-            size = float(np.abs(step).max())
-            # Full steps square it, until it is rounding, which does not shrink.
-            if size < 1e-13 or (size < 1e-3 and size > 0.5 * previous):
-                break
-            previous = size
-            if size > 1e-3:
-                step *= min(1.0, 0.95 / max(-float(step.min()), 0.5))
-                slope = float(gradient @ step)
-                # vᵀCv is a sum of terms that may cancel: below their rounding nothing is refused.
-                here = value(y) + 8 * _EPS * float(np.exp(y).sum()) ** 2
-                while not value(y + np.log1p(step)) <= here + 1e-4 * slope:
-                    step, slope = 0.5 * step, 0.5 * slope
-                    if np.abs(step).max() < 1e-6:
-                        break
-            y = y + np.log1p(step)
-    residual = violation(y, h)
-    for _ in range(3):
-        try:
-            step = newton(y, c)[1]
-        except np.linalg.LinAlgError:
-            break
+            if curvature * length > 0.25 or length > 0.5 * previous:
+                step = shortened(v, step, gradient)
+            v = v * (1.0 + step)
+            previous = length
+        found, residual, more = last_steps(v, c)
+        iterations += more
         # A long step says that without ridge the solution is elsewhere, or nowhere.
-        if not np.abs(step).max() < 1e-3 or violation(y + step, c) >= violation(y, c):
-            break
-        y = y + np.log1p(step)
-        residual = violation(y, c)
-    return Solution(np.exp(y) * unit ** ((1.0 - alpha) / (1.0 + alpha)), residual, iterations)
+        if not residual <= RESIDUAL * 1e-3:
+            found, residual, more = last_steps(v, ridged)
+            iterations += more
+    return Solution(found * unit ** ((1.0 - alpha) / (1.0 + alpha)), residual, iterations)
 
 
 def symmetric_pinv(c: Array, rtol: float) -> Array:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, barrier_newton, checked, without_ridge
+from gradbal.solvers import Array, Indices, checked, fair_newton
 
 __all__ = ["NashMTL", "nash_mtl"]
 
@@ -114,7 +114,6 @@ def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10) -> Tensor:
     """
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        v = checked(barrier_newton(c, ridge), "Nash-MTL's Newton solve")
-        return without_ridge(c, v) / n
+        return checked(fair_newton(c, n, 1.0, ridge), "Nash-MTL's Newton solve") / n
 
     return solve_active(gramian, 1.0, solve)
