@@ -22,6 +22,7 @@ __all__ = [
     "RESIDUAL",
     "Solution",
     "SolverWarning",
+    "active_rows",
     "checked",
     "cosine_matrix",
     "fair_newton",
@@ -78,6 +79,17 @@ def checked(solution: Solution, problem: str) -> Array:
     return solution.x
 
 
+def active_rows(gramian: Array, zero: float = ZERO_ROW) -> tuple[Array, Indices]:
+    """The norms `[T]` of all rows, and the indices of those that are not zero.
+
+    Args:
+        gramian: `[T, T]`.
+        zero: a row whose norm is at most this part of the largest is taken as zero.
+    """
+    n = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
+    return n, (n > zero * n.max()).nonzero()[0]
+
+
 def cosine_matrix(gramian: Array, zero: float = ZERO_ROW) -> tuple[Array, Array, Indices]:
     """Cosines and norms of the rows that are not zero.
 
@@ -88,8 +100,7 @@ def cosine_matrix(gramian: Array, zero: float = ZERO_ROW) -> tuple[Array, Array,
     Returns:
         `C [k, k]`, `n [k]` and the indices `[k]` of the k active rows.
     """
-    n = np.sqrt(np.maximum(gramian.diagonal(), 0.0))
-    active = (n > zero * n.max()).nonzero()[0]
+    n, active = active_rows(gramian, zero)
     if len(active) < len(n):
         gramian, n = gramian[np.ix_(active, active)], n[active]
     # A product of two norms leaves float64's range no earlier than the entry that it divides.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -82,9 +84,8 @@ class NashMTL(GramianAggregator):
         self._last = gramian, w
         if not self.max_norm:
             return w
-        squared_norm = w @ gramian.to(w) @ w
-        scale = self.max_norm / squared_norm.clamp_min(self.max_norm**2).sqrt()
-        return w * scale
+        norm = math.sqrt(max(float(w @ gramian @ w), 0.0))
+        return w * (self.max_norm / norm) if norm > self.max_norm else w
 
     def head_weights(self, weights: Tensor, gramian: Tensor) -> Tensor:
         """`w [T]`, not scaled to `max_norm`, up to the bound that `max_weight` sets."""
