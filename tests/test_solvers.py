@@ -8,9 +8,12 @@ from gradbal import solvers
 from gradbal.solvers import (
     Solution,
     SolverWarning,
+    _active_set,
+    _block_pivoting,
     checked,
     cosine_matrix,
     fair_newton,
+    least_norm,
     nonnegative_qp,
     nonnegative_qps,
     positive_part,
@@ -79,6 +82,32 @@ def test_simplex_qp_with_spread_constraint(spread):
     found = simplex_qp(h, np.zeros(7), a)
     assert found.residual < 1e-12
     assert a @ found.x == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (2, 2), (5, 9), (12, 30), (12, 6), (40, 60)])
+@pytest.mark.parametrize("spread", [1.0, 1e6])
+def test_least_norm_is_the_simplex_qp_without_a_linear_term(size, rank, seed, spread):
+    h = cosines(size, rank, seed)
+    a = spread ** np.random.default_rng(seed).uniform(-0.5, 0.5, size)
+    found, wanted = least_norm(h, a), simplex_qp(h, np.zeros(size), a)
+    assert (found.x >= 0).all()
+    assert a @ found.x == pytest.approx(1, rel=1e-12)
+    assert found.residual < 1e-12
+    # The minimiser need not be unique, but Hy is.
+    assert np.abs(h @ (found.x - wanted.x)).max() < 1e-7 * wanted.x.sum()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 9), (12, 30), (12, 6), (40, 60)])
+def test_exchanging_many_entries_ends_where_the_active_set_does(size, rank, seed):
+    h = cosines(size, rank, seed)
+    b = h @ np.random.default_rng(seed + 1).standard_normal(size)
+    found, wanted = _block_pivoting(h, b, 1.0), _active_set(h, b, 1.0)
+    if found is None:
+        assert rank < size
+    else:
+        assert np.abs(h @ (found.x - wanted.x)).max() < 1e-7 * np.abs(b).max()
 
 
 def test_a_singular_problem_ends_with_a_small_residual():
