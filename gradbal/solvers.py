@@ -419,11 +419,15 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
     size = len(c)
     power = 1.0 - 1.0 / alpha
     curvature = 1.0 + 1.0 / alpha
+    ones = np.ones(size)
     # w is homogeneous in n, so the problem is solved with norms around one.
     unit = 1.0 if power == 0.0 else math.exp(float(np.log(n).mean()))
     n = n / unit
     ridged = c.copy()
     ridged.flat[:: size + 1] += ridge
+
+    def wanted(v: Array) -> Array:
+        return ones if power == 0.0 else (v / n) ** power
 
     def value(v: Array) -> float:
         log_w = np.log(v / n)
@@ -432,11 +436,13 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
 
     def newton(v: Array, h: Array, target: Array, gradient: Array) -> tuple[Array, float]:
         """Newton's step relative to v, and its largest entry."""
-        scale = 1.0 / np.sqrt(v * v + target / alpha)
+        bend = target / alpha
+        square = 1.0 / (v * v + bend)
+        scale = np.sqrt(square)
         scaled = scale * v
         m = scaled[:, None] * h * scaled
-        m.flat[:: size + 1] += scale * scale * target / alpha
-        step = -scale * np.linalg.solve(m, scale * gradient)
+        m.flat[:: size + 1] += bend * square
+        step = np.linalg.solve(m, scale * gradient) * -scale
         return step, float(np.abs(step).max())
 
     def shortened(v: Array, step: Array, gradient: Array) -> Array:
@@ -452,9 +458,9 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
 
     def last_steps(v: Array, h: Array) -> tuple[Array, float, int]:
         """Full steps, as long as each is at most half the one before; v, violation, number."""
+        target, hv = wanted(v), h @ v
         longest = _SHORT
         for number in range(1, 20):
-            target, hv = (v / n) ** power, h @ v
             try:
                 step, length = newton(v, h, target, v * hv - target)
             except np.linalg.LinAlgError:
@@ -462,11 +468,11 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
             if not length < longest:
                 break
             v = v * (1.0 + step)
+            target, hv = wanted(v), h @ v
+            longest = 0.5 * length
             if curvature * length**2 < _EPS:
                 break
-            longest = 0.5 * length
-        target = (v / n) ** power
-        gap = np.abs(v * (h @ v) - target) / np.maximum(v * v.sum(), target)
+        gap = np.abs(v * hv - target) / np.maximum(v * v.sum(), target)
         return v, float(gap.max()), number
 
     v = n ** ((1.0 - alpha) / (1.0 + alpha))
@@ -474,13 +480,13 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
     with np.errstate(over="ignore", invalid="ignore"):
         while iterations < 500 and not previous < _SHORT:
             # The best multiple of v in closed form: near a singular point v has far to go.
-            target, hv = (v / n) ** power, ridged @ v
+            target, hv = wanted(v), ridged @ v
             multiple = (float(target.sum()) / float(v @ hv)) ** (1.0 / curvature)
             v, hv, target = multiple * v, multiple * hv, multiple**power * target
             gradient = v * hv - target
             step, length = newton(v, ridged, target, gradient)
             iterations += 1
-            if curvature * length > 0.25 or length > 0.5 * previous:
+            if curvature * length > 0.5 or length > 0.5 * previous:
                 step = shortened(v, step, gradient)
             v = v * (1.0 + step)
             previous = length
