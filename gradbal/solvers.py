@@ -168,7 +168,7 @@ def _block_pivoting(h: Array, b: Array, size_b: float) -> Solution | None:
     passive = b > 0.0
     for iterations in range(1, 9):
         p = np.flatnonzero(passive)
-        z = np.zeros(len(b))
+        z: Array = np.zeros(len(b))
         try:
             if len(p) == len(b):
                 z = np.linalg.solve(h, b)
@@ -300,8 +300,10 @@ def least_norm_above(c: Array, u: Array, free: Indices | None = None) -> Solutio
 
 
 def least_norm(h: Array, a: Array) -> Solution:
-    """`argmin ½ yᵀHy` over `{y ≥ 0, aᵀy = 1}`, which is the multiple of `argmin_{z ≥ 0} ½zᵀHz − aᵀz`
-    that fulfils the constraint; `simplex_qp` where that has no solution or is hard to find.
+    """`argmin ½ yᵀHy` over `{y ≥ 0, aᵀy = 1}`.
+
+    y is `argmin_{z ≥ 0} ½ zᵀHz − aᵀz` times a number; where that has no solution, or one that is
+    hard to find, `simplex_qp` finds y.
 
     Args:
         h: `[T, T]`, positive semi-definite, unit diagonal.
@@ -442,7 +444,7 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
         scaled = scale * v
         m = scaled[:, None] * h * scaled
         m.flat[:: size + 1] += bend * square
-        step = np.linalg.solve(m, scale * gradient) * -scale
+        step: Array = np.linalg.solve(m, scale * gradient) * -scale
         return step, float(np.abs(step).max())
 
     def shortened(v: Array, step: Array, gradient: Array) -> Array:
@@ -459,8 +461,9 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
     def last_steps(v: Array, h: Array) -> tuple[Array, float, int]:
         """Full steps, as long as each is at most half the one before; v, violation, number."""
         target, hv = wanted(v), h @ v
-        longest = _SHORT
-        for number in range(1, 20):
+        longest, number = _SHORT, 0
+        while number < 20:
+            number += 1
             try:
                 step, length = newton(v, h, target, v * hv - target)
             except np.linalg.LinAlgError:
@@ -506,7 +509,7 @@ def symmetric_pinv(c: Array, rtol: float) -> Array:
     `λ_max ≤ tr C`, `1/λ_min ≤ tr C⁻¹`.
     """
     with contextlib.suppress(np.linalg.LinAlgError):
-        inverse = np.linalg.inv(c)
+        inverse: Array = np.linalg.inv(c)
         if 0.0 < float(c.diagonal().sum() * inverse.diagonal().sum()) * rtol < 0.1:
             return inverse
     values, vectors = np.linalg.eigh(c)
