@@ -168,10 +168,10 @@ def _block_pivoting(h: Array, b: Array, size_b: float) -> Solution | None:
     passive = b > 0.0
     for iterations in range(1, 9):
         p = np.flatnonzero(passive)
-        z: Array = np.zeros(len(b))
+        z = np.zeros(len(b))
         try:
             if len(p) == len(b):
-                z = np.linalg.solve(h, b)
+                z[:] = np.linalg.solve(h, b)
             elif len(p):
                 z[p] = np.linalg.solve(h[np.ix_(p, p)], b[p])
         except np.linalg.LinAlgError:
@@ -444,7 +444,7 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
         scaled = scale * v
         m = scaled[:, None] * h * scaled
         m.flat[:: size + 1] += bend * square
-        step: Array = np.linalg.solve(m, scale * gradient) * -scale
+        step = np.asarray(np.linalg.solve(m, scale * gradient) * -scale, dtype=np.float64)
         return step, float(np.abs(step).max())
 
     def shortened(v: Array, step: Array, gradient: Array) -> Array:
@@ -509,7 +509,7 @@ def symmetric_pinv(c: Array, rtol: float) -> Array:
     `λ_max ≤ tr C`, `1/λ_min ≤ tr C⁻¹`.
     """
     with contextlib.suppress(np.linalg.LinAlgError):
-        inverse: Array = np.linalg.inv(c)
+        inverse = np.asarray(np.linalg.inv(c), dtype=np.float64)
         if 0.0 < float(c.diagonal().sum() * inverse.diagonal().sum()) * rtol < 0.1:
             return inverse
     values, vectors = np.linalg.eigh(c)
