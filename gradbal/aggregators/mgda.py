@@ -7,11 +7,9 @@ from torch import Tensor
 
 from gradbal.aggregators.base import (
     GramianAggregator,
-    as_weights,
     in_range,
     one_of,
     solve_active,
-    symmetric_float64,
 )
 from gradbal.registry import Promises, register
 from gradbal.solvers import ZERO_ROW, Array, Indices, checked, least_norm
@@ -142,16 +140,12 @@ def mgda(
     Returns:
         `w [T]`, dtype and device of the Gramian.
     """
-    g = symmetric_float64(gramian)
-    size = len(g)
-    zero_rows = np.flatnonzero(np.diagonal(g) <= 0.0)
-    if len(zero_rows) and not ignore_zero_rows:
-        w = np.zeros(size)
-        w[zero_rows] = 1.0 / len(zero_rows)
-        return as_weights(w, gramian)
+    size = len(gramian)
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        lengths = np.ones_like(n) if unit_rows else n / n.min()
+        if len(active) < size and not ignore_zero_rows:
+            return np.zeros_like(n)
+        lengths = np.ones(len(n)) if unit_rows else n / n.min()
         if divisors is not None:
             lengths = lengths / (divisors[active] / divisors[active].min())
         if solver == "frank_wolfe":
@@ -164,8 +158,11 @@ def mgda(
         return np.asarray(w / w.sum())
 
     # However small a row is, the answer hangs on it: only ignoring it needs a threshold.
-    zero = ZERO_ROW if ignore_zero_rows else 0.0
-    return solve_active(gramian, 1.0 / size, solve, zero)
+    w = solve_active(gramian, 1.0 / size, solve, ZERO_ROW if ignore_zero_rows else 0.0)
+    if ignore_zero_rows or w.any():
+        return w
+    zero_rows = gramian.diagonal() <= 0.0
+    return zero_rows.to(w) / zero_rows.sum()
 
 
 def _frank_wolfe(g: Array, max_iter: int, tol: float) -> Array:
