@@ -91,16 +91,17 @@ def wants_exact(gramian: Tensor, jacobian: Tensor) -> bool:
     """
     if _in_float64(jacobian):
         return False
-    g = gramian.numpy().copy()
-    squares = g.diagonal()
+    g = gramian.numpy()
     low, high = _SAFE_SQUARES
-    safe = (squares > low) & (squares < high)
-    if not safe.all():
-        if bool(jacobian[torch.from_numpy(~safe).to(jacobian.device)].any()):
+    safe = [low < square < high for square in g.diagonal().tolist()]
+    if not all(safe):
+        odd = [i for i, is_safe in enumerate(safe) if not is_safe]
+        if bool(jacobian[odd].any()):
             return True
-        g = g[np.ix_(safe, safe)]
+        g = np.delete(np.delete(g, odd, 0), odd, 1)
     # Whether an eigenvalue of the cosines is below the bound. Cholesky's method finds the same
     # whatever the norms of the rows are.
+    g = g.copy()
     g.flat[:: len(g) + 1] *= 1.0 - _NEARLY_DEPENDENT
     return not (_is_definite if len(g) <= FEW else _has_factor)(g)
 
