@@ -454,10 +454,11 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
                 break
         return step
 
-    def last_steps(v: Array, h: Array) -> tuple[Array, float, int]:
-        """Full steps, as long as each is at most half the one before; v, violation, number."""
+    def last_steps(v: Array, h: Array) -> tuple[Array, float, float, int]:
+        """Full steps, as long as each is at most half the one before; v, violation, the length of
+        the next or last step, number."""
         target, hv = wanted(v), h @ v
-        longest, number = _SHORT, 0
+        longest, length, number = _SHORT, np.inf, 0
         while number < 20:
             number += 1
             try:
@@ -472,7 +473,7 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
             if curvature * length**2 < _EPS:
                 break
         gap = np.abs(v * hv - target) / np.maximum(v * v.sum(), target)
-        return v, float(gap.max()), number
+        return v, float(gap.max()), length, number
 
     v = n ** ((1.0 - alpha) / (1.0 + alpha))
     iterations, previous = 0, np.inf
@@ -489,11 +490,11 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
                 step = shortened(v, step, gradient)
             v = v * (1.0 + step)
             previous = length
-        found, residual, more = last_steps(v, c)
+        found, residual, length, more = last_steps(v, c)
         iterations += more
         # A long step says that without ridge the solution is elsewhere, or nowhere.
-        if not residual <= RESIDUAL * 1e-3:
-            found, residual, more = last_steps(v, ridged)
+        if not (length < _SHORT**2 and residual <= RESIDUAL * 1e-3):
+            found, residual, _, more = last_steps(v, ridged)
             iterations += more
     return Solution(found * unit ** ((1.0 - alpha) / (1.0 + alpha)), residual, iterations)
 
