@@ -47,6 +47,8 @@ ZERO_ROW = 1e-12
 
 _EPS = float(np.finfo(np.float64).eps)
 _RIDGE = 1e-13
+_MODERATE = 1e4
+"""Where h is singular a far larger z than b may fulfil the conditions within its own rounding."""
 _SHORT = 1e-3
 """A step of Newton's method, relative to where it starts, that nearly squares with the next."""
 
@@ -160,7 +162,10 @@ def nonnegative_qp(h: Array, b: Array, size_b: float = 0.0) -> Solution:
         relative to `Σ z + max |b|`, since entries of H and b are known to rounding of one.
     """
     size_b = max(size_b, float(np.abs(b).max(initial=np.finfo(float).tiny)))
-    return _block_pivoting(h, b, size_b) or _active_set(h, b, size_b)
+    found = _block_pivoting(h, b, size_b)
+    if found is not None and found.x.sum() <= _MODERATE * size_b:
+        return found
+    return _active_set(h, b, size_b)
 
 
 def _block_pivoting(h: Array, b: Array, size_b: float) -> Solution | None:
@@ -260,6 +265,7 @@ def nonnegative_qps(h: Array, b: Array) -> Solution:
         wrong = np.where(p, s <= 0.0, r > 8 * size * _EPS * scale)
         violation = np.where(p, np.abs(r), np.maximum(r, 0.0)) / scale
         settled = ~wrong.any(1) & (violation.max(1) <= RESIDUAL * 1e-3)
+        settled &= np.abs(s).sum(1) <= _MODERATE * size_b[open_]
         z[open_[settled]] = s[settled]
         worst = max(worst, float(violation[settled].max(initial=0.0)))
         passive[open_] = p ^ wrong

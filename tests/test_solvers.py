@@ -110,6 +110,22 @@ def test_exchanging_many_entries_ends_where_the_active_set_does(size, rank, seed
         assert np.abs(h @ (found.x - wanted.x)).max() < 1e-7 * np.abs(b).max()
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("width", [22, 60])
+def test_opposite_rows_are_not_answered_by_huge_multiples(seed, width):
+    # They fulfil the conditions up to rounding of themselves, and make a direction of it.
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((20, width))
+    j = np.concatenate([rows, -rng.uniform(0.1, 10, (20, 1)) * rows])[rng.permutation(40)]
+    h = cosine_matrix(j @ j.T)[0]
+    found = nonnegative_qps(h, -h)
+    assert found.residual < 1e-11
+    assert found.x.max() < 1e6
+    # Every row is projected on the directions orthogonal to all others: on nothing.
+    assert np.abs(h @ (np.eye(40) + found.x)).max() < 1e-9
+    assert nonnegative_qp(h, -h[0]).x.max() < 1e6
+
+
 def test_a_singular_problem_ends_with_a_small_residual():
     h = np.array([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
     assert nonnegative_qp(h, -h[:, 0]).residual < 1e-12
