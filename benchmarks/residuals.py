@@ -284,8 +284,8 @@ def _krum(name: str, jacobian: Tensor) -> float:
     scores = np.take_along_axis(squares, nearest, 1).sum(1)
     # Of the products that the distances are differences of.
     products = (n[:, None] + n[nearest]).sum(1)
-    gap = ((scores - scores.min()) / products)[w > 0].max()
-    return float(max(gap, abs(w.sum() - 1), abs(w.max() - 1)))
+    gap = _relative(scores - scores.min(), products)[w > 0]
+    return _worst(gap, abs(w.sum() - 1), abs(w.max() - 1))
 
 
 def _trimmed_mean(name: str, jacobian: Tensor) -> float:
@@ -293,7 +293,7 @@ def _trimmed_mean(name: str, jacobian: Tensor) -> float:
     jacobian = _three_rows(jacobian)
     d = gradbal.create(name).direction(jacobian).numpy()  # type: ignore[attr-defined]
     between = np.sort(jacobian.numpy(), 0)[1:-1]
-    return float((np.abs(d - between.mean(0)) / np.abs(between).max(0)).max())
+    return _worst(_relative(d - between.mean(0), np.abs(between).max(0)))
 
 
 def _graddrop(name: str, jacobian: Tensor) -> float:

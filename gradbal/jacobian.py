@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-
-from gradbal.solvers import cosine_matrix
 
 __all__ = [
     "Rows",
@@ -40,9 +39,13 @@ SMALL = 1 << 16
 _SAFE_SQUARES = (1e-25, 1e35)
 _NEARLY_DEPENDENT = 1e-3
 
+FEW = 6
+"""Up to this many rows an elimination is done in plain floats."""
+
 CHUNK = 1 << 18
 """Columns converted at a time where a Jacobian's own precision does not do."""
 
+Array = NDArray[np.float64]
 Reach = tuple[bool, ...]
 
 
@@ -111,16 +114,38 @@ def wants_exact(gramian: Tensor, jacobian: Tensor) -> bool:
         return False
     g = gramian.numpy()
     low, high = _SAFE_SQUARES
-    odd = ~((g.diagonal() > low) & (g.diagonal() < high))
-    # One look: a boolean mask would be another, for how many rows there are.
-    if odd.any() and bool(torch.stack([jacobian[i].any() for i in np.flatnonzero(odd)]).any()):
-        return True
-    cosines = cosine_matrix(g[~odd][:, ~odd])[0]
+    safe = [low < square < high for square in g.diagonal().tolist()]
+    if not all(safe):
+        odd = [i for i, is_safe in enumerate(safe) if not is_safe]
+        # One look: picking the rows with an index tensor would be an upload.
+        if bool(torch.stack([jacobian[i].any() for i in odd]).any()):
+            return True
+        g = np.delete(np.delete(g, odd, 0), odd, 1)
+    # Whether an eigenvalue of the cosines is below the bound. Cholesky's method finds the same
+    # whatever the norms of the rows are.
+    g = g.copy()
+    g.flat[:: len(g) + 1] *= 1.0 - _NEARLY_DEPENDENT
+    return not (_is_definite if len(g) <= FEW else _has_factor)(g)
+
+
+def _is_definite(matrix: Array) -> bool:
+    """Elimination in plain floats, which for a few rows costs less than one call of LAPACK."""
+    rows: list[list[float]] = matrix.tolist()
+    for k, row in enumerate(rows):
+        if not row[k] > 0.0:
+            return False
+        for other in rows[k + 1 :]:
+            factor = other[k] / row[k]
+            other[:] = [x - factor * y for x, y in zip(other, row, strict=True)]
+    return True
+
+
+def _has_factor(matrix: Array) -> bool:
     try:
-        np.linalg.cholesky(cosines - _NEARLY_DEPENDENT * np.eye(len(cosines)))
+        np.linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
-        return True
-    return False
+        return False
+    return True
 
 
 def combine(weights: Tensor, jacobian: Tensor) -> Tensor:

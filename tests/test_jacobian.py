@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,16 @@ from torch.optim import SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import BLOCK, CHUNK, SMALL, Rows, combine, gramian, reached_parameters
+from gradbal.jacobian import (
+    BLOCK,
+    CHUNK,
+    SMALL,
+    Rows,
+    combine,
+    gramian,
+    reached_parameters,
+    wants_exact,
+)
 from tests.zoo import METHODS, make
 
 GRAMIAN = [n for n in METHODS if gradbal.info(n).kind == "gramian"]
@@ -296,3 +306,36 @@ def test_a_representation_may_be_in_channels_last(aggregator: str) -> None:
         found.append([p.grad for p in model.parameters()])
     for p, q in zip(*found, strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2, 3, 6, 7, 20])
+@pytest.mark.parametrize("spread", [1.0, 1e8])
+def test_nearly_dependent_rows_want_exact_products(n_tasks, spread):
+    rng = np.random.default_rng(0)
+    wanted = []
+    for _ in range(200):
+        # Cosines whose least eigenvalue is from far above to far below the bound of 1e-3.
+        mixed = rng.standard_normal((n_tasks, n_tasks)) + 10 ** rng.uniform(-3, 3) * np.ones(
+            n_tasks
+        )
+        c = mixed @ mixed.T + 10 ** rng.uniform(-6, 0) * np.eye(n_tasks)
+        n = np.sqrt(np.diagonal(c))
+        c = c / n[:, None] / n
+        least = np.linalg.eigvalsh(c)[0]
+        if abs(least - 1e-3) > 1e-6:
+            scale = spread ** rng.uniform(-0.5, 0.5, n_tasks)
+            g = torch.from_numpy(scale[:, None] * c * scale)
+            wide = torch.empty(n_tasks, SMALL + 1, device="meta")
+            assert wants_exact(g, wide) == (least < 1e-3)
+            wanted.append(least < 1e-3)
+    assert any(wanted) == (n_tasks > 1)
+    assert not all(wanted)
+
+
+def test_rows_out_of_range_want_exact_products_unless_they_are_zero():
+    j = torch.randn(3, SMALL)
+    assert not wants_exact(gramian(j), j)
+    j[1] = 0.0
+    assert not wants_exact(gramian(j), j)
+    j[1, 0] = 1e-20
+    assert wants_exact(gramian(j), j)

@@ -45,7 +45,13 @@ def test_an_entry_is_data():
     entry = gradbal.info("mgda")
     assert entry.kind == "gramian"
     assert (entry.venue, entry.year) == ("Comptes Rendus Mathématique", 2012)
-    assert entry.hyperparameters == {"norm": "none", "ignore_zero_rows": False}
+    assert entry.hyperparameters == {
+        "norm": "none",
+        "ignore_zero_rows": False,
+        "solver": "exact",
+        "max_iter": 250,
+        "tol": 1e-3,
+    }
     assert entry.consumes == "Gramian"
     assert entry.cost == "T backwards"
     assert gradbal.info("rlw").cost == "1 backward"

@@ -10,16 +10,18 @@ from gradbal import solvers
 from gradbal.solvers import (
     Solution,
     SolverWarning,
-    barrier_newton,
+    _active_set,
+    _block_pivoting,
     checked,
     cosine_matrix,
+    fair_newton,
+    least_norm,
     nonnegative_qp,
     nonnegative_qps,
+    pinv_times,
     positive_part,
     project_simplex,
     simplex_qp,
-    symmetric_pinv,
-    without_ridge,
 )
 
 
@@ -85,6 +87,48 @@ def test_simplex_qp_with_spread_constraint(spread):
     assert a @ found.x == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (2, 2), (5, 9), (12, 30), (12, 6), (40, 60)])
+@pytest.mark.parametrize("spread", [1.0, 1e6])
+def test_least_norm_is_the_simplex_qp_without_a_linear_term(size, rank, seed, spread):
+    h = cosines(size, rank, seed)
+    a = spread ** np.random.default_rng(seed).uniform(-0.5, 0.5, size)
+    found, wanted = least_norm(h, a), simplex_qp(h, np.zeros(size), a)
+    assert (found.x >= 0).all()
+    assert a @ found.x == pytest.approx(1, rel=1e-12)
+    assert found.residual < 1e-12
+    # The minimiser need not be unique, but Hy is.
+    assert np.abs(h @ (found.x - wanted.x)).max() < 1e-7 * wanted.x.sum()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 9), (12, 30), (12, 6), (40, 60)])
+def test_exchanging_many_entries_ends_where_the_active_set_does(size, rank, seed):
+    h = cosines(size, rank, seed)
+    b = h @ np.random.default_rng(seed + 1).standard_normal(size)
+    found, wanted = _block_pivoting(h, b, 1.0), _active_set(h, b, 1.0)
+    if found is None:
+        assert rank < size
+    else:
+        assert np.abs(h @ (found.x - wanted.x)).max() < 1e-7 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("width", [22, 60])
+def test_opposite_rows_are_not_answered_by_huge_multiples(seed, width):
+    # They fulfil the conditions up to rounding of themselves, and make a direction of it.
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((20, width))
+    j = np.concatenate([rows, -rng.uniform(0.1, 10, (20, 1)) * rows])[rng.permutation(40)]
+    h = cosine_matrix(j @ j.T)[0]
+    found = nonnegative_qps(h, -h)
+    assert found.residual < 1e-11
+    assert found.x.max() < 1e6
+    # Every row is projected on the directions orthogonal to all others: on nothing.
+    assert np.abs(h @ (np.eye(40) + found.x)).max() < 1e-9
+    assert nonnegative_qp(h, -h[0]).x.max() < 1e6
+
+
 def test_a_singular_problem_ends_with_a_small_residual():
     h = np.array([[1.0, -1, 1], [-1, 1, -1], [1, -1, 1]])
     assert nonnegative_qp(h, -h[:, 0]).residual < 1e-12
@@ -93,22 +137,21 @@ def test_a_singular_problem_ends_with_a_small_residual():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_barrier_newton_takes_few_steps(seed):
+def test_fair_newton_takes_few_steps(seed):
     c = np.abs(cosines(8, 12, seed))
     np.fill_diagonal(c, 1.0)
     c = positive_part(c)
-    found = barrier_newton(c, 1e-10)
-    assert found.residual < 1e-12
-    assert found.iterations <= 10
-    polished = without_ridge(c, found.x)
-    assert np.abs(polished * (c @ polished) - 1).max() < 1e-13
+    found = fair_newton(c, np.ones(8), 1.0, 1e-10)
+    assert found.residual < 1e-13
+    assert found.iterations <= 9
+    assert np.abs(found.x * (c @ found.x) - 1).max() < 1e-13
 
 
-def test_without_ridge_leaves_a_singular_problem_alone():
+def test_fair_newton_keeps_its_ridge_where_there_is_no_solution_without():
     c = np.array([[1.0, -1], [-1, 1]])
-    v = barrier_newton(c, 1e-10).x
-    assert np.array_equal(without_ridge(c, v), v)
-    assert v == pytest.approx([1e5, 1e5], rel=1e-6)
+    found = fair_newton(c, np.ones(2), 1.0, 1e-10)
+    assert found.x == pytest.approx([1e5, 1e5], rel=1e-6)
+    assert found.residual < 1e-12
 
 
 def test_cosine_matrix_leaves_zero_rows_out_relative_to_the_largest():
@@ -131,10 +174,17 @@ def test_positive_part_removes_what_rounding_made_negative():
 
 
 @pytest.mark.parametrize("rank", [2, 5])
-def test_symmetric_pinv(rank):
+def test_pinv_times(rank):
     c = cosines(5, rank, 0)
-    found = symmetric_pinv(c, 1e-12)
-    np.testing.assert_allclose(found, np.linalg.pinv(c, rcond=1e-10), atol=1e-9)
+    b = np.random.default_rng(1).standard_normal(5)
+    wanted = np.linalg.pinv(c, rcond=1e-10) @ b
+    np.testing.assert_allclose(pinv_times(c, b, 1e-12), wanted, atol=1e-9)
+
+
+def test_pinv_times_solves_nearly_equal_rows():
+    # The inverse's entries are 1e10; formed and multiplied, they would leave 1e-6 of a residual.
+    c = np.full((5, 5), 1.0 - 1e-10) + 1e-10 * np.eye(5)
+    assert np.abs(c @ pinv_times(c, np.ones(5), 1e-12) - 1.0).max() < 1e-12
 
 
 def test_an_unsolved_problem_warns_with_the_numbers():

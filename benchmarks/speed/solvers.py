@@ -24,6 +24,7 @@ COUNTERPARTS: dict[str, str] = {
     "dualproj": "DualProj",
     "fairgrad": "FairGrad",
     "graddrop": "GradDrop",
+    "gradvac": "GradVac",
     "imtl_g": "IMTLG",
     "krum": "Krum",
     "mgda": "MGDA",

@@ -51,8 +51,9 @@ def symmetric_float64(gramian: Tensor) -> Array:
     Raises:
         ValueError: not a square matrix, or an entry is not finite.
     """
-    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
-        raise ValueError(f"a Gramian must have shape [T, T], found {list(gramian.shape)}")
+    shape = gramian.shape
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"a Gramian must have shape [T, T], found {list(shape)}")
     matrix = gramian.detach().to("cpu", torch.float64).numpy()
     if not np.isfinite(matrix).all():
         raise ValueError("a Gramian must be finite, found NaN or inf")
@@ -88,6 +89,8 @@ def solve_active(
         return as_weights(np.full(len(g), neutral), gramian)
     if gramian.dtype != torch.float64:
         c = positive_part(c)
+    if len(active) == len(g):
+        return as_weights(solve(c, n, active), gramian)
     w = np.zeros(len(g))
     w[active] = solve(c, n, active)
     return as_weights(w, gramian)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, one_of, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, checked, simplex_qp
+from gradbal.solvers import Array, Indices, checked, least_norm, simplex_qp
 
 __all__ = ["CAGrad", "cagrad"]
 
 # Rounding leaves a sum of unit vectors that should vanish with a square of about 1e-16.
 _VANISHING = 1e-7
+_NEARLY_STATIONARY = 1e-3
 
 
 def _rescaling(c: float, rescale: int) -> float:
@@ -102,13 +103,54 @@ def cagrad(gramian: Tensor, c: float = 0.5) -> Tensor:
 def _worst_case(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, float]:
     """Minimises `qᵀy + radius·|y|_H` over `{y ≥ 0, aᵀy = 1}`; returns y and `|y|_H = √(yᵀHy)`.
 
-    The minimiser also minimises `½yᵀHy + t qᵀy` at the one t > 0 where `|y(t)|_H = radius·t`, since
-    `|y(t)|_H / t` falls with t. On one active set y is affine in t, so that the next t is the root
-    of a quadratic; a bracket guards it. Length 0 says that there is no such t: a combination of
+    The minimiser also minimises `½yᵀHy + t qᵀy` at the one t > 0 where `|y(t)|_H = radius·t`. On
+    one active set both are found in closed form, and mostly the right set is found by exchanging
+    all entries on the wrong side at once. Length 0 says that there is no such t: a combination of
     the gradients that vanishes is as good as any.
     """
+    return _by_exchange(h, q, a, radius) or _by_bracket(h, q, a, radius)
+
+
+def _by_exchange(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, float] | None:
+    """`_worst_case` away from stationary points, or None where the active set does not settle."""
+    noise = 8 * len(q) * np.finfo(np.float64).eps
+    passive = np.ones(len(q), dtype=bool)
+    for _ in range(8):
+        p = passive.nonzero()[0]
+        block, a_p, q_p = (h, a, q) if len(p) == len(q) else (h[np.ix_(p, p)], a[p], q[p])
+        try:
+            by_a, by_q = np.linalg.solve(block, np.array([a_p, q_p]).T).T
+        except np.linalg.LinAlgError:
+            return None
+        # y(t) = start + t·slope, with startᵀH slope = 0 and |start|²_H = 1/(aᵀH⁻¹a).
+        square, mixed = float(a_p @ by_a), float(a_p @ by_q)
+        if not square > 0.0:
+            return None
+        slope = mixed / square * by_a - by_q
+        room = radius**2 - float(slope @ block @ slope)
+        if not room > 0.0:
+            # Without signs the minimum would be at t → ∞, where these entries are negative.
+            passive[p[slope <= 0.0]] = False
+            continue
+        t = 1.0 / math.sqrt(square * room)
+        mu = (1.0 + t * mixed) / square
+        y = np.zeros(len(q))
+        y[p] = by_a / square + t * slope
+        nu = h @ y + t * q - mu * a
+        scale = np.abs(y).sum() + t * np.abs(q) + abs(mu) * a
+        wrong = np.where(passive, y <= 0.0, nu < -noise * scale)
+        if not wrong.any():
+            length = _length(h, y)
+            exact = np.abs(nu[p] / scale[p]).max() < 1e-13 and abs(length / radius / t - 1) < 1e-12
+            return (y, length) if exact and length > _NEARLY_STATIONARY * y.sum() else None
+        passive ^= wrong
+    return None
+
+
+def _by_bracket(h: Array, q: Array, a: Array, radius: float) -> tuple[Array, float]:
+    """`_worst_case` in any case: `|y(t)|_H / t` falls with t, and a bracket holds its root."""
     low = 0.0
-    least = simplex_qp(h, np.zeros_like(q), a).x
+    least = least_norm(h, a).x
     size = float(least.sum())
     if _length(h, least) <= _VANISHING * size:
         # Stationary: whether |y(t)|_H / t starts above the radius, seen well above rounding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from gradbal.aggregators.base import (
     solve_active,
 )
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, symmetric_pinv
+from gradbal.solvers import Array, Indices, pinv_times
 
 __all__ = ["ConFIG", "config"]
 
@@ -128,18 +129,19 @@ def config(gramian: Tensor, a: Array, *, length: str | float = "projection") -> 
     rtol = relative_cutoff(gramian)
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        target = a[active] / np.linalg.norm(a[active])
-        y = symmetric_pinv(c, rtol) @ target
+        target = a[active]
+        y = pinv_times(c, target, rtol)
         # C C⁺ a is what the range of C has of a; nothing for opposite rows.
         reached = c @ y
-        if np.linalg.norm(reached) <= 100 * rtol:
+        if reached @ reached <= (100 * rtol) ** 2 * (target @ target):
             return np.zeros_like(n)
-        y /= np.sqrt(y @ reached)
-        if isinstance(length, str):
-            mean = np.sqrt(max(float(n @ c @ n), 0.0)) / len(gramian)
-            total = float(n @ (c @ y)) if length == "projection" else mean
+        size = math.sqrt(y @ reached)
+        if length == "projection":
+            total = float(n @ reached) / size
+        elif isinstance(length, str):
+            total = math.sqrt(max(float(n @ c @ n), 0.0)) / len(gramian)
         else:
             total = length
-        return np.asarray(total / n * y)
+        return np.asarray(total / size * y / n)
 
     return solve_active(gramian, 1.0, solve)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, one_of, relative_cutoff, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, symmetric_pinv
+from gradbal.solvers import Array, Indices, pinv_times
 
 __all__ = ["IMTLG", "imtl_g"]
 
@@ -71,9 +71,10 @@ def imtl_g(gramian: Tensor, *, guard: bool = True) -> Tensor:
     rtol = relative_cutoff(gramian)
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        y = symmetric_pinv(c, rtol).sum(1)
+        y = pinv_times(c, np.ones_like(n), rtol)
         # C C⁺ 1 is what the range of C has of the vector of ones; nothing for opposite rows.
-        if np.linalg.norm(c @ y) <= 100 * rtol * np.sqrt(len(n)):
+        reached = c @ y
+        if reached @ reached <= (100 * rtol) ** 2 * len(n):
             y = np.ones_like(n)
         v = y / (n / n.min())
         total, absolute = v.sum(), np.abs(v).sum()

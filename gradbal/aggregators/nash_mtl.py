@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array, Indices, barrier_newton, checked, without_ridge
+from gradbal.solvers import Array, Indices, checked, fair_newton
 
 __all__ = ["NashMTL", "nash_mtl"]
 
@@ -84,9 +86,8 @@ class NashMTL(GramianAggregator):
         self._last = gramian, w
         if not self.max_norm:
             return w
-        squared_norm = w @ gramian.to(w) @ w
-        scale = self.max_norm / squared_norm.clamp_min(self.max_norm**2).sqrt()
-        return w * scale
+        norm = math.sqrt(max(float(w @ gramian @ w), 0.0))
+        return w * (self.max_norm / norm) if norm > self.max_norm else w
 
     def head_weights(self, weights: Tensor, gramian: Tensor) -> Tensor:
         """`w [T]`, not scaled to `max_norm`, up to the bound that `max_weight` sets."""
@@ -116,7 +117,6 @@ def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10) -> Tensor:
     """
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
-        v = checked(barrier_newton(c, ridge), "Nash-MTL's Newton solve")
-        return without_ridge(c, v) / n
+        return checked(fair_newton(c, n, 1.0, ridge), "Nash-MTL's Newton solve") / n
 
     return solve_active(gramian, 1.0, solve)

@@ -14,9 +14,12 @@ from gradbal.aggregators.base import (
     symmetric_float64,
 )
 from gradbal.registry import Promises, register
-from gradbal.solvers import cosine_matrix
+from gradbal.solvers import Array, Indices, active_rows
 
 __all__ = ["PCGrad", "pcgrad"]
+
+FEW = 12
+"""Up to this many tasks are projected one by one."""
 
 
 @register(
@@ -75,9 +78,9 @@ class PCGrad(RandomMixin, GramianAggregator):
 
 def random_orders(n_tasks: int, generator: Generator | None = None) -> Tensor:
     """For each task an independent random order of the others: `[T, T − 1]` indices."""
-    keys = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator)
-    keys.fill_diagonal_(2.0)
-    return keys.argsort(1)[:, : n_tasks - 1]
+    keys = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator).numpy()
+    keys.flat[:: n_tasks + 1] = 2.0
+    return torch.from_numpy(keys.argsort(1)[:, : n_tasks - 1])
 
 
 def pcgrad(gramian: Tensor, orders: Tensor) -> Tensor:
@@ -92,21 +95,42 @@ def pcgrad(gramian: Tensor, orders: Tensor) -> Tensor:
     """
     g = symmetric_float64(gramian)
     size = len(g)
-    active = cosine_matrix(g)[2]
+    active = active_rows(g)[1]
     if len(active) == 0:
         return as_weights(np.ones(size), gramian)
-    rows = np.arange(size)
-    squares = np.diagonal(g)
-    # Row i of `a` has the coefficients of g'_i, row i of `products` its inner products with all g.
-    a, products = np.eye(size), g.copy()
-    for j in orders.cpu().numpy().T:
-        s = products[rows, j]
-        conflict = np.flatnonzero(s < 0)
+    inactive = np.delete(np.arange(size), active) if len(active) < size else active[:0]
+    # Without inner products a row is projected on nothing, and nothing on it.
+    g[inactive] = g[:, inactive] = 0.0
+    w = (_one_by_one if size <= FEW else _all_together)(g, orders.cpu().numpy())
+    w[inactive] = 0.0
+    return as_weights(w, gramian)
+
+
+def _one_by_one(g: Array, orders: Indices) -> Array:
+    """In plain floats, which for a few tasks cost less than calls on small arrays."""
+    rows: list[list[float]] = g.tolist()
+    w = [1.0] * len(rows)
+    for order, products in zip(orders.tolist(), rows, strict=True):
+        # The inner products of g'_i with all gradients.
+        for j in order:
+            if products[j] < 0.0:
+                shift = -products[j] / rows[j][j]
+                w[j] += shift
+                products = [p + shift * q for p, q in zip(products, rows[j], strict=True)]
+    return np.array(w)
+
+
+def _all_together(g: Array, orders: Indices) -> Array:
+    """All tasks at once, the k-th projection of each in the k-th round."""
+    tasks = np.arange(len(g))
+    squares = g.diagonal()
+    w, products = np.ones(len(g)), g.copy()
+    for j in orders.T:
+        s = products[tasks, j]
+        conflict = (s < 0.0).nonzero()[0]
         if len(conflict):
             k = j[conflict]
             shift = -s[conflict] / squares[k]
-            a[conflict, k] += shift
+            np.add.at(w, k, shift)
             products[conflict] += shift[:, None] * g[k]
-    inactive = np.setdiff1d(rows, active)
-    a[inactive] = a[:, inactive] = 0.0
-    return as_weights(a.sum(0), gramian)
+    return w
