@@ -30,6 +30,7 @@ __all__ = [
     "nonnegative_qp",
     "nonnegative_qps",
     "positive_part",
+    "project_simplex",
     "simplex_qp",
     "symmetric_pinv",
     "without_ridge",
@@ -522,3 +523,20 @@ def graded_eigh(c: Array, n: Array) -> tuple[Array, Array]:
         if largest == 0.0:
             break
     return unit**2 * (f[:size] ** 2).sum(1), turned[:size, :size].T
+
+
+def project_simplex(v: Array) -> Array:
+    """The nearest point to `v` with non-negative entries that sum to one.
+
+    Args:
+        v: `[T]`, finite, of any size: a constant added to all entries changes nothing.
+
+    Returns:
+        `max(v − θ, 0) [T]`.
+    """
+    # Relative to the largest entry, θ is in [−1, 0): what stays positive is known to rounding of 1.
+    shifted = v - v.max()
+    descending = np.sort(shifted)[::-1]
+    thetas = (np.cumsum(descending) - 1.0) / np.arange(1, len(v) + 1)
+    theta = thetas[np.flatnonzero(descending > thetas)[-1]]
+    return np.asarray(np.maximum(shifted - theta, 0.0))
