@@ -105,6 +105,11 @@ class MultiTaskOptimizer(Optimizer):
         self.aggregator = _make_aggregator(aggregator, aggregator_kwargs)
         _check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
         _check_fit(self.aggregator, heads, update_every, match_sum)
+        if loss_transform == "log" and self.aggregator.logarithmic:
+            raise ValueError(
+                f"loss_transform must be None for {self.aggregator.name!r}, which takes the "
+                "logarithms of the losses itself, found 'log'"
+            )
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(

@@ -348,20 +348,39 @@ METHODS = [
 """What any model with two losses can be trained with."""
 
 
+def takes(aggregator: str, **options: Any) -> bool:
+    """Whether a method can serve these options of `MultiTaskOptimizer`."""
+    made = gradbal.create(aggregator)
+    if options.get("loss_transform") == "log" and made.logarithmic:
+        return False
+    if isinstance(made, gradbal.JacobianAggregator):
+        if options.get("heads") == "weighted" and not made.weighted:
+            return False
+        if options.get("update_every", 1) > 1 and not made.combines:
+            return False
+    return True
+
+
+WITH_HEADS = [(m, h) for m in METHODS for h in ("own", "weighted") if takes(m, heads=h)]
+"""Every method with every rule for heads that it can serve."""
+
+
 def fits(aggregator: str, model: str, heads: str | None) -> bool:
     """Whether a method can train a model of the zoo with this rule for heads."""
     made = gradbal.create(aggregator)
-    if isinstance(made, gradbal.JacobianAggregator):
-        if heads == "weighted" and not made.weighted:
-            return False
-        if model == "ChangingGraph" and made.per_parameter_state:
-            return False
-    return ZOO[model].n_tasks >= made.promises.min_tasks
+    if model == "ChangingGraph" and getattr(made, "per_parameter_state", False):
+        return False
+    return takes(aggregator, heads=heads) and ZOO[model].n_tasks >= made.promises.min_tasks
+
+
+def keywords(aggregator: str) -> dict[str, Any]:
+    """What makes a method draw the same random numbers, and take every task at every step."""
+    known = gradbal.info(aggregator).hyperparameters
+    chosen = {"generator": torch.Generator().manual_seed(11), "per_step": 99}
+    return {k: v for k, v in chosen.items() if k in known}
 
 
 def optimizer(model: nn.Module, aggregator: str, **options: Any) -> gradbal.MultiTaskOptimizer:
     """SGD under a method; every call draws the same random numbers."""
-    if "generator" in gradbal.info(aggregator).hyperparameters:
-        options["generator"] = torch.Generator().manual_seed(11)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    return gradbal.MultiTaskOptimizer(sgd, aggregator, **options)
+    return gradbal.MultiTaskOptimizer(sgd, aggregator, **keywords(aggregator) | options)

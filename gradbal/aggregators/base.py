@@ -32,6 +32,7 @@ __all__ = [
     "Scalarizer",
     "as_weights",
     "in_range",
+    "integer",
     "one_of",
     "preference",
     "relative_cutoff",
@@ -141,6 +142,18 @@ def in_range(
         raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
 
 
+def integer(name: str, value: Any, low: int = 0) -> None:
+    """Checks a hyperparameter: an integer from `low` on.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, found {value!r}")
+    in_range(name, value, low)
+
+
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Checks a hyperparameter that is one of a few values.
 
@@ -167,6 +180,8 @@ class Aggregator(ABC):
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
     `tasks`, the indices of the tasks that take part when some sit a step out."""
+    logarithmic: ClassVar[bool] = False
+    """Whether the method takes the losses' logarithms itself, so that it must not get those."""
     unsaved: ClassVar[tuple[str, ...]] = ("generator",)
     """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
     learning_rate: float | None = None
@@ -455,9 +470,17 @@ class JacobianAggregator(Aggregator):
             `d [P]`, dtype and device of the Jacobian.
         """
 
-    def tasks_in_turn(self, n_tasks: int) -> list[int] | None:
-        """The tasks whose gradients the next step needs; None for all of them."""
+    def tasks_in_turn(self, n_tasks: int, absent: frozenset[int] = frozenset()) -> list[int] | None:
+        """The tasks whose gradients the next step needs; None for all of them.
+
+        Args:
+            n_tasks: T.
+            absent: tasks that sit the step out; the keyword is there only when there are some.
+        """
         return None
+
+    def lose_turn(self, tasks: Sequence[int]) -> None:
+        """Called when none of `tasks`, whose turn it was, could take part after all."""
 
 
 class ClosureAggregator(Aggregator):
