@@ -218,3 +218,18 @@ def test_bad_hyperparameters():
         gradbal.create("moco", normalize=1)
     with pytest.raises(ValueError, match="`scale_free`"):
         gradbal.create("moco", scale_free="yes")
+
+
+def test_training_ends_at_a_pareto_stationary_point():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(2, 10, generator=generator, dtype=torch.float64) + 0.5
+    centres = torch.randn(2, 10, generator=generator, dtype=torch.float64)
+    x = torch.nn.Parameter(torch.zeros(10, dtype=torch.float64))
+    opt = gradbal.MultiTaskOptimizer(torch.optim.SGD([x], lr=0.1), "moco")
+    for _ in range(3000):
+        opt.zero_grad()
+        opt.backward([(s * (x - c).square()).sum() for s, c in zip(scales, centres, strict=True)])
+        opt.step()
+    j = 2 * scales * (x.detach() - centres)
+    assert float(gradbal.create("mgda").direction(j).norm()) < 1e-2
+    assert float(j.norm()) > 1
