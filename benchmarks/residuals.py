@@ -430,6 +430,95 @@ def _marigold(name: str, jacobian: Tensor) -> float:
     return float(np.abs(w.numpy() - v).max())
 
 
+def _moco(name: str, jacobian: Tensor) -> float:
+    """Each λ is the nearest point of the simplex to `λ − γ_k YYᵀλ` of before, over three steps."""
+    method: Any = gradbal.create(name)
+    j = jacobian.numpy()
+    y, w, worst = np.zeros_like(j), np.full(len(j), 1 / len(j)), 0.0
+    for k in range(1, 4):
+        d = method.direction(jacobian).numpy()
+        y += 0.5 / np.sqrt(k) * (j - y)
+        new = method.last_weights.numpy()
+        n, gw, size = _products(y, w)
+        gap = w - 0.1 / np.sqrt(k) * gw - new
+        theta = gap[new > 0].mean()
+        violation = np.where(new > 0, np.abs(gap - theta), np.maximum(gap - theta, 0))
+        terms = 1 + 0.1 / np.sqrt(k) * (size + size[new > 0].max())
+        worst = max(worst, float((violation / terms).max()), -new.min(), abs(new.sum() - 1))
+        worst = max(worst, _relative_gap(d, new @ y, new @ n))
+        w = new
+    return worst
+
+
+def _excess_mtl(name: str, jacobian: Tensor) -> float:
+    """`w_i` in proportion to `exp(η Σ E_i/E⁰_i)`, over three Jacobians; zero rows keep 1/T."""
+    method: Any = gradbal.create(name, step_size=0.5)
+    j, squares, total, first = jacobian.numpy(), 0.0, 0.0, 1.0
+    active = np.abs(j).max(1) > 0
+    for k in range(3):
+        rows = j[active] * np.cos(k + np.arange(j.shape[1]))
+        d = method.direction(jacobian * torch.cos(k + torch.arange(j.shape[1]).double())).numpy()
+        squares = squares + rows**2
+        excess = (rows**2 / np.sqrt(np.where(squares > 0, squares, 1))).sum(1)
+        first, total = (excess, 0 * excess) if k == 0 else (first, total + excess / first)
+    w = np.full(len(j), 1 / len(j))
+    w[active] = np.exp(0.5 * total) / np.exp(0.5 * total).sum() * active.mean()
+    gap = np.abs(method.last_weights.numpy() - w).max()
+    terms = w[active] @ np.linalg.norm(rows, axis=1)
+    return float(max(gap, _relative_gap(d, w[active] @ rows, terms)))
+
+
+def _db_mtl(name: str, jacobian: Tensor) -> float:
+    """All tasks' parts of d have the norm of the largest average, for losses that are not one."""
+    method: Any = gradbal.create(name)
+    losses = np.linspace(0.5, 2, len(jacobian))
+    m = np.zeros(jacobian.shape)
+    for sign in (1.0, -0.5):
+        d = method.direction(sign * jacobian, torch.from_numpy(losses)).numpy()
+        m = 0.9 * m + 0.1 * sign * jacobian.numpy() / losses[:, None]
+    n = np.linalg.norm(m, axis=1)
+    units = m[n > 1e-12 * n.max()] / n[n > 1e-12 * n.max(), None]
+    return _relative_gap(d, n.max() * units.sum(0), n.max() * len(units))
+
+
+def _m_config(name: str, jacobian: Tensor) -> float:
+    """The formulas on the vectors, ConFIG's direction from the pseudo-inverse of the units."""
+    method: Any = gradbal.create(name)
+    size, momentum = len(jacobian), np.zeros(jacobian.shape)
+    turns, before, squares = np.zeros(size), np.zeros_like(momentum[0]), np.zeros_like(momentum[0])
+    for k in range(2 * size):
+        now = jacobian * torch.cos(k + torch.arange(jacobian.shape[1]).double())
+        d = method.direction(now).numpy()
+        momentum[k % size] += 0.1 * (now[k % size].numpy() - momentum[k % size])
+        turns[k % size] += 1
+        t = k + 2 - size
+        if t > 0:
+            unscaled, terms = _equal_angles(momentum / (1 - 0.9**turns)[:, None])
+            after = unscaled * (1 - 0.9**t)
+            squares = 0.999 * squares + 0.001 * ((after - 0.9 * before) / 0.1) ** 2
+            before = after
+    root = np.sqrt(squares / (1 - 0.999**t)) + 1e-8
+    return _relative_gap(d * root, unscaled, terms)
+
+
+def _equal_angles(j: Array) -> tuple[Array, float]:
+    """ConFIG's direction of the rows that are not zero, and the size of its terms."""
+    n = np.linalg.norm(j, axis=1)
+    rows, n = j[n > 1e-12 * n.max()], n[n > 1e-12 * n.max()]
+    inverse = np.linalg.pinv(rows / n[:, None], rcond=1e-6)
+    x = inverse.sum(1)
+    square = float(x @ x)
+    if square <= 1e-12:
+        return np.zeros(j.shape[1]), float(n.sum())
+    return (rows @ x).sum() / square * x, float(np.abs(inverse.T @ x).sum() / square * n.sum())
+
+
+def _relative_gap(found: Array, wanted: Array, size: float) -> float:
+    """`|found − wanted|` relative to the size of the terms; 0 for 0/0."""
+    gap = float(np.linalg.norm(found - wanted))
+    return gap / size if gap > 0 else 0.0
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -462,6 +551,10 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "sdmgrad": _sdmgrad,
     "famo": _famo,
     "marigold": _marigold,
+    "moco": _moco,
+    "excess_mtl": _excess_mtl,
+    "db_mtl": _db_mtl,
+    "m_config": _m_config,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

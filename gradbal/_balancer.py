@@ -70,13 +70,14 @@ class _Pending:
 
     values: `[T]`, the losses as the aggregator sees them. losses: `[T]`, as they are. absent: the
     tasks that sit the step out. weights: weights and head weights, when they come before the
-    gradients.
+    gradients. waiting: tasks whose turn it is not.
     """
 
     values: Tensor
     losses: Tensor
     absent: frozenset[int]
     weights: tuple[Tensor, Tensor] | None = None
+    waiting: frozenset[int] = frozenset()
 
 
 class Balancer:
@@ -207,15 +208,11 @@ class Balancer:
         values, factors = self._transformed(batch)
         roots = batch.roots(factors if scale is None else factors * scale.to(factors))
         n_tasks = len(roots)
-        in_turn = None
-        if isinstance(self.aggregator, JacobianAggregator):
-            in_turn = self.aggregator.tasks_in_turn(n_tasks)
-        waiting = frozenset(range(n_tasks)).difference(
-            range(n_tasks) if in_turn is None else in_turn
-        )
+        waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting
         rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
         pending = self._gather(batch, values, call.absent)
+        pending.waiting = waiting
         if call.accumulate:
             rows.pending = True
             return True
@@ -225,12 +222,25 @@ class Balancer:
             return found
         present = [i for i in found.present if i not in waiting]
         if not present:
+            # A task that is never finite may not keep the others from theirs.
+            assert isinstance(self.aggregator, JacobianAggregator)
+            self.aggregator.lose_turn(sorted(frozenset(range(n_tasks)) - waiting))
             return False
         direction, w, head_weights = self._aggregate(found.host, present, scale)
         rows.deliver(direction, self._head_factors(head_weights, present))
         self._train_own_weights(pending.values, present, scale)
         self._finish(w, head_weights, found.gramian, found.absent)
         return True
+
+    def _waiting(self, n_tasks: int, absent: frozenset[int]) -> frozenset[int]:
+        """Tasks whose turn it is not; the first micro-batch of a step decides for all of them."""
+        if self._pending is not None:
+            return self._pending.waiting
+        if not isinstance(self.aggregator, JacobianAggregator):
+            return frozenset()
+        taking_part = {"absent": absent} if absent else {}
+        in_turn = self.aggregator.tasks_in_turn(n_tasks, **taking_part)
+        return frozenset() if in_turn is None else frozenset(range(n_tasks)).difference(in_turn)
 
     def _to_host(
         self, rows: Rows, values: Tensor, scale: Tensor | None

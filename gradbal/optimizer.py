@@ -693,6 +693,11 @@ def _check_fit(
                 f"update_every must be 1 for {name!r}, which has no weights to use again, "
                 f"found {update_every}"
             )
+    if loss_transform == "log" and aggregator.logarithmic:
+        raise ValueError(
+            f"loss_transform must be None for {name!r}, which takes the logarithms of the losses "
+            "itself, found 'log'"
+        )
     if isinstance(aggregator, BilevelAggregator):
         found = {
             "heads": heads or "weighted",

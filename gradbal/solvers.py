@@ -577,15 +577,17 @@ def graded_eigh(c: Array, n: Array) -> tuple[Array, Array]:
 
 
 def project_simplex(v: Array) -> Array:
-    """The point of the probability simplex closest to `v [T]`.
+    """The nearest point to `v` with non-negative entries that sum to one.
 
-    `max(v − θ, 0)` with the θ for which it sums to one, from the sorted entries (Held, Wolfe and
-    Crowder, "Validation of subgradient optimization", Mathematical Programming 1974).
+    Args:
+        v: `[T]`, finite, of any size: a constant added to all entries changes nothing.
+
+    Returns:
+        `max(v − θ, 0) [T]`.
     """
-    # Measured from the largest entry, so that a large common offset costs no accuracy.
-    u = v - v.max()
-    ordered = np.sort(u)[::-1]
-    excess = (np.cumsum(ordered) - 1.0) / np.arange(1, len(u) + 1)
-    theta = excess[np.flatnonzero(ordered > excess)[-1]]
-    w = np.maximum(u - theta, 0.0)
-    return np.asarray(w / w.sum())
+    # Relative to the largest entry, θ is in [−1, 0): what stays positive is known to rounding of 1.
+    shifted = v - v.max()
+    descending = np.sort(shifted)[::-1]
+    thetas = (np.cumsum(descending) - 1.0) / np.arange(1, len(v) + 1)
+    theta = thetas[np.flatnonzero(descending > thetas)[-1]]
+    return np.asarray(np.maximum(shifted - theta, 0.0))

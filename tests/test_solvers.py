@@ -210,3 +210,35 @@ def test_projection_on_the_simplex(entries, offset):
     rounding = 1e-12 * (1 + np.abs(v).max())
     assert np.ptp(theta) <= rounding
     assert ((v - w)[w == 0] <= theta.min() + rounding).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+def test_project_simplex(size, spread):
+    v = spread * np.random.default_rng(size).standard_normal(size)
+    w = cvxpy.Variable(size)
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(w - v)), [w >= 0, cvxpy.sum(w) == 1])
+    problem.solve(solver=cvxpy.CLARABEL)
+    np.testing.assert_allclose(project_simplex(v), w.value, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8, 1e16])
+@pytest.mark.parametrize("shift", [0.0, -1e6, 1e6])
+def test_project_simplex_optimality(scale, shift):
+    # w is the projection of v if v − w is θ where w is positive, and at most θ elsewhere.
+    for seed in range(50):
+        v = scale * np.random.default_rng(seed).standard_normal(7) + shift
+        w = project_simplex(v)
+        gap = (v - v.max()) - w
+        theta = gap[w > 0].mean()
+        assert (w >= 0).all()
+        assert w.sum() == pytest.approx(1, abs=1e-14)
+        assert np.abs(gap[w > 0] - theta).max() < 1e-14
+        assert (gap[w == 0] <= theta + 1e-14).all()
+
+
+def test_project_simplex_leaves_its_points_and_splits_ties():
+    w = np.array([0.25, 0.0, 0.75])
+    np.testing.assert_allclose(project_simplex(w), w, atol=1e-16)
+    np.testing.assert_allclose(project_simplex(np.full(4, 1e16)), np.full(4, 0.25), atol=1e-16)
+    assert project_simplex(np.array([5.0, -1e300])).tolist() == [1.0, 0.0]

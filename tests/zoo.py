@@ -348,31 +348,42 @@ METHODS = [
 """What any model with two losses can be trained with."""
 
 
-def takes(aggregator: str, heads: str | None = None, update_every: int = 1) -> bool:
-    """Whether a method has the weights that these options need."""
+def takes(aggregator: str, **options: Any) -> bool:
+    """Whether a method can serve these options of `MultiTaskOptimizer`."""
     made = gradbal.create(aggregator)
-    if not isinstance(made, gradbal.JacobianAggregator):
-        return True
-    return (heads != "weighted" or made.weighted) and (update_every == 1 or made.combines)
+    if options.get("loss_transform") == "log" and made.logarithmic:
+        return False
+    if isinstance(made, gradbal.JacobianAggregator):
+        if options.get("heads") == "weighted" and not made.weighted:
+            return False
+        if options.get("update_every", 1) > 1 and not made.combines:
+            return False
+    return True
+
+
+WITH_HEADS = [(m, h) for m in METHODS for h in ("own", "weighted") if takes(m, heads=h)]
+"""Every method with every rule for heads that it can serve."""
 
 
 def fits(aggregator: str, model: str, heads: str | None) -> bool:
     """Whether a method can train a model of the zoo with this rule for heads."""
     made = gradbal.create(aggregator)
-    if not takes(aggregator, heads):
+    if model == "ChangingGraph" and getattr(made, "per_parameter_state", False):
         return False
-    if isinstance(made, gradbal.JacobianAggregator):
-        if model == "ChangingGraph" and made.per_parameter_state:
-            return False
-        if model == "ChannelsLast" and not made.promises.deterministic:
-            # The reference has its columns in another order: the draws for them are not the same.
-            return False
-    return ZOO[model].n_tasks >= made.promises.min_tasks
+    if model == "ChannelsLast" and made.category == "jacobian" and not made.promises.deterministic:
+        # The reference has its columns in another order: the draws for them are not the same.
+        return False
+    return takes(aggregator, heads=heads) and ZOO[model].n_tasks >= made.promises.min_tasks
+
+
+def keywords(aggregator: str) -> dict[str, Any]:
+    """What makes a method draw the same random numbers, and take every task at every step."""
+    known = gradbal.info(aggregator).hyperparameters
+    chosen = {"generator": torch.Generator().manual_seed(11), "per_step": 99}
+    return {k: v for k, v in chosen.items() if k in known}
 
 
 def optimizer(model: nn.Module, aggregator: str, **options: Any) -> gradbal.MultiTaskOptimizer:
     """SGD under a method; every call draws the same random numbers."""
-    if "generator" in gradbal.info(aggregator).hyperparameters:
-        options["generator"] = torch.Generator().manual_seed(11)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-    return gradbal.MultiTaskOptimizer(sgd, aggregator, **options)
+    return gradbal.MultiTaskOptimizer(sgd, aggregator, **keywords(aggregator) | options)

@@ -187,6 +187,8 @@ class Aggregator(ABC):
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
     `tasks`, the indices of the tasks that take part when some sit a step out."""
+    logarithmic: ClassVar[bool] = False
+    """Whether the method takes the losses' logarithms itself, so that it must not get those."""
     unsaved: ClassVar[tuple[str, ...]] = ("generator",)
     """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
     learning_rate: float | None = None
@@ -476,9 +478,17 @@ class JacobianAggregator(Aggregator):
             `d [P]`, dtype and device of the Jacobian.
         """
 
-    def tasks_in_turn(self, n_tasks: int) -> list[int] | None:
-        """The tasks whose gradients the next step needs; None for all of them."""
+    def tasks_in_turn(self, n_tasks: int, absent: frozenset[int] = frozenset()) -> list[int] | None:
+        """The tasks whose gradients the next step needs; None for all of them.
+
+        Args:
+            n_tasks: T.
+            absent: tasks that sit the step out; the keyword is there only when there are some.
+        """
         return None
+
+    def lose_turn(self, tasks: Sequence[int]) -> None:
+        """Called when none of `tasks`, whose turn it was, could take part after all."""
 
 
 class ClosureAggregator(Aggregator):

@@ -75,7 +75,12 @@ def terms(aggregator: Aggregator, jacobian: Tensor) -> float:
     """The size of the terms that add up to d: what its rounding errors are relative to."""
     w = weights_of(aggregator, jacobian)
     n = jacobian.double().norm(dim=1)
-    return float(n.sum() if w is None else w.abs() @ n)
+    if w is not None:
+        return float(w.abs() @ n)
+    fresh = copy.deepcopy(aggregator)
+    fresh.reset()
+    # A direction that is scaled may be longer than the rows.
+    return float(torch.maximum(n.sum(), fresh.direction(jacobian.double()).norm()))
 
 
 def random_rows(n_tasks: int, width: int, seed: int, spread: float = 1.0) -> np.ndarray:
