@@ -101,6 +101,38 @@ def _pcgrad(name: str, jacobian: Tensor) -> float:
     return float(np.linalg.norm(w @ j - total) / size)
 
 
+def _gradvac(name: str, jacobian: Tensor) -> float:
+    """Two steps with the same orders, on the vectors themselves."""
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    method = gradbal.create(name, beta=0.5, generator=generators[0])
+    targets = np.zeros((len(jacobian), len(jacobian)))
+    worst = 0.0
+    # Stretched columns give the second step other cosines than the first.
+    for stretch in (1.0, torch.linspace(0.1, 2, jacobian.shape[1], dtype=torch.float64)):
+        rows = jacobian * stretch
+        d = method.direction(rows).numpy()  # type: ignore[attr-defined]
+        j = rows.numpy()
+        n = np.linalg.norm(j, axis=1)
+        total, size = np.zeros(j.shape[1]), 0.0
+        for i, order in enumerate(random_orders(len(j), generators[1]).numpy()):
+            v = j[i].copy()
+            for k in order:
+                length, wanted = np.linalg.norm(v), targets[i, k]
+                cosine = v @ j[k] / length / n[k]
+                targets[i, k] = 0.5 * wanted + 0.5 * cosine
+                if cosine < wanted:
+                    v += (
+                        length
+                        * np.sin(np.arccos(cosine) - np.arccos(wanted))
+                        / (n[k] * np.sin(np.arccos(wanted)))
+                        * j[k]
+                    )
+            total += v
+            size = max(size, float(np.linalg.norm(v)))
+        worst = max(worst, float(np.linalg.norm(d - total) / size))
+    return worst
+
+
 def _mgda(name: str, jacobian: Tensor) -> float:
     """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
     j = jacobian.numpy()
@@ -236,6 +268,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "rgw": _rlw,
     "uw": _uw,
     "pcgrad": _pcgrad,
+    "gradvac": _gradvac,
     "mgda": _mgda,
     "upgrad": _upgrad,
     "dualproj": _dualproj,

@@ -23,6 +23,7 @@ COUNTERPARTS: dict[str, str] = {
     "config": "ConFIG",
     "dualproj": "DualProj",
     "fairgrad": "FairGrad",
+    "gradvac": "GradVac",
     "imtl_g": "IMTLG",
     "krum": "Krum",
     "mgda": "MGDA",

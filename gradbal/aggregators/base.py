@@ -46,10 +46,12 @@ def symmetric_float64(gramian: Tensor) -> Array:
     Raises:
         ValueError: not a square matrix, or an entry is not finite.
     """
-    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
-        raise ValueError(f"a Gramian must have shape [T, T], found {list(gramian.shape)}")
+    shape = gramian.shape
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"a Gramian must have shape [T, T], found {list(shape)}")
     matrix = gramian.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(matrix).all():
+    # The sum of squares is the quicker look, but may overflow.
+    if not (math.isfinite(np.vdot(matrix, matrix)) or np.isfinite(matrix).all()):
         raise ValueError("a Gramian must be finite, found NaN or inf")
     return 0.5 * (matrix + matrix.T)  # type: ignore[no-any-return]
 

@@ -74,9 +74,9 @@ class PCGrad(RandomMixin, GramianAggregator):
 
 def random_orders(n_tasks: int, generator: Generator | None = None) -> Tensor:
     """For each task an independent random order of the others: `[T, T − 1]` indices."""
-    keys = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator)
-    keys.fill_diagonal_(2.0)
-    return keys.argsort(1)[:, : n_tasks - 1]
+    keys = torch.rand(n_tasks, n_tasks, dtype=torch.float64, generator=generator).numpy()
+    keys.ravel()[:: n_tasks + 1] = 2.0
+    return torch.from_numpy(keys.argsort(1)[:, : n_tasks - 1])
 
 
 def pcgrad(gramian: Tensor, orders: Tensor) -> Tensor:
