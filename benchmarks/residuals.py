@@ -133,6 +133,25 @@ def _gradvac(name: str, jacobian: Tensor) -> float:
     return worst
 
 
+def _gradnorm(name: str, jacobian: Tensor) -> float:
+    """Four steps of the recurrence with α = 1.5, in its plain form."""
+    method, j = gradbal.create(name), jacobian.numpy()
+    n = np.linalg.norm(j, axis=1)
+    losses = np.random.default_rng(len(n)).uniform(0.5, 2.0, (4, len(n)))
+    w, first, second = np.ones_like(n), np.zeros_like(n), np.zeros_like(n)
+    worst = 0.0
+    for k, values in enumerate(losses, 1):
+        d = method.direction(jacobian, torch.from_numpy(values)).numpy()  # type: ignore[attr-defined]
+        worst = max(worst, float(np.linalg.norm(d - w @ j) / (w @ n)))
+        rates = values / losses[0]
+        gradient = np.sign(w * n - (w @ n) / len(n) * (rates / rates.mean()) ** 1.5) * n
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        w -= 0.025 * first / (1 - 0.9**k) / np.sqrt(second / (1 - 0.999**k))
+        w = np.maximum(w, 1e-6)
+        w *= len(n) / w.sum()
+    return worst
+
+
 def _mgda(name: str, jacobian: Tensor) -> float:
     """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
     j = jacobian.numpy()
@@ -267,6 +286,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "random": _rlw,
     "rgw": _rlw,
     "uw": _uw,
+    "gradnorm": _gradnorm,
     "pcgrad": _pcgrad,
     "gradvac": _gradvac,
     "mgda": _mgda,

@@ -277,7 +277,7 @@ def _floats(gramian: Tensor) -> list[list[float]]:
     """The rows; what is wrong with them is found, and said, by `symmetric_float64`."""
     if gramian.dim() == 2:
         rows: list[list[float]] = gramian.tolist()
-        if len(rows) == len(rows[0]) and isfinite(sum(map(sum, rows))):
+        if rows and len(rows) == len(rows[0]) and isfinite(sum(map(sum, rows))):
             return rows
     return symmetric_float64(gramian).tolist()  # type: ignore[no-any-return]
 
