@@ -154,8 +154,21 @@ def _gradnorm(name: str, jacobian: Tensor) -> float:
 
 def _mgda(name: str, jacobian: Tensor) -> float:
     """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex."""
-    j = jacobian.numpy()
     w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    return _least_norm(jacobian.numpy(), w)
+
+
+def _cr_mogm(name: str, jacobian: Tensor) -> float:
+    """The second step's weights are halfway between two that are MGDA's."""
+    method = gradbal.create(name, a=0.5)
+    other = jacobian * torch.linspace(0.1, 2, jacobian.shape[1], dtype=torch.float64)
+    first, second = (method.weights(j @ j.T).numpy() for j in (jacobian, other))  # type: ignore[attr-defined]
+    fresh = gradbal.create("mgda").weights(other @ other.T).numpy()  # type: ignore[attr-defined]
+    gap = float(np.abs(second - (first + fresh) / 2).max())
+    return max(gap, _least_norm(jacobian.numpy(), first), _least_norm(other.numpy(), fresh))
+
+
+def _least_norm(j: Array, w: Array) -> float:
     _, gw, size = _products(j, w)
     gap = gw - w @ gw
     violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0)) / size
@@ -290,6 +303,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "pcgrad": _pcgrad,
     "gradvac": _gradvac,
     "mgda": _mgda,
+    "cr_mogm": _cr_mogm,
     "upgrad": _upgrad,
     "dualproj": _dualproj,
     "cagrad": _cagrad,

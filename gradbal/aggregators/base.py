@@ -164,7 +164,7 @@ class Aggregator(ABC):
 
     category: ClassVar[str]
     name: ClassVar[str] = ""
-    promises: ClassVar[Promises] = Promises()
+    promises: Promises = Promises()
     state_names: ClassVar[tuple[str, ...]] = ()
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes

@@ -113,13 +113,32 @@ def test_alpha_zero_makes_all_weighted_norms_equal(param):
 
 
 @pytest.mark.parametrize("param", PARAMS)
-@pytest.mark.parametrize("n_tasks", [1, 3, 7])
+@pytest.mark.parametrize("n_tasks", [1, 3, 7, 11, 40])
 def test_equal_norms_and_rates_change_nothing(param, n_tasks):
-    method = gradbal.create("gradnorm", param=param)
-    g = 0.1 * torch.ones(n_tasks, n_tasks)
-    losses = torch.rand(n_tasks, dtype=torch.float64) + 0.5
-    for factor in (1.0, 0.7, 0.3, 0.1):
-        assert torch.equal(method.weights(g, factor * losses), torch.ones(n_tasks))
+    # Not by a rounding error either, of which Adam would make a whole step.
+    for seed in range(10):
+        method = gradbal.create("gradnorm", param=param)
+        rng = np.random.default_rng(seed)
+        g = torch.full((n_tasks, n_tasks), rng.uniform(), dtype=torch.float64)
+        losses = torch.from_numpy(rng.uniform(0.5, 2, n_tasks))
+        for factor in (1.0, 0.7, 0.3, 0.1):
+            assert torch.equal(method.weights(g, factor * losses), torch.ones(n_tasks).double())
+
+
+def test_a_common_gradient_of_all_weights_moves_no_softmax():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rates = torch.from_numpy(rng.uniform(0.5, 1.5, 11))
+        rates /= rates.mean()
+        w = rates**2 / (rates**2).mean()  # below all targets at alpha = 2
+        g = rng.uniform() * torch.eye(11, dtype=torch.float64)
+        assert torch.equal(gradnorm(g, w, rates, alpha=2.0), -g.diagonal().sqrt())
+        ones = torch.ones(11, dtype=torch.float64)
+        method = gradbal.create("gradnorm", param="softmax", alpha=2.0, initial_loss=ones)
+        method.weights(g, ones)
+        method.w = w
+        method.weights(g, rates)
+        torch.testing.assert_close(method.w, w, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("param", PARAMS)

@@ -166,6 +166,22 @@ def test_opposite_gradients_cancel_and_what_is_left_is_not_measured(ratio):
     assert float(moved[0, 0, 1]) == pytest.approx(-1)
 
 
+@pytest.mark.parametrize("few", [0, 1000])
+def test_what_had_grown_before_it_was_cancelled_is_not_measured_either(few, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", few)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        u, v, other = np.linalg.qr(rng.standard_normal((9, 3)))[0].T
+        # A target of one makes u into u + 1e4 v, which the third cancels.
+        j = torch.from_numpy(np.stack([u, v, -rng.uniform(1, 2) * (u + 1e4 * v), u + other]))
+        target = torch.full((1, 4, 4), 0.25, dtype=torch.float64)
+        target[0, 0, 1:3] = torch.tensor([1.0, 0.0])
+        orders = torch.tensor([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+        _, moved = gradvac((j @ j.T)[None], target, orders, beta=1.0)
+        assert float(moved[0, 0, 2]) == pytest.approx(-1)
+        assert moved[0, 0, 3] == 0.25
+
+
 def test_one_task_is_left_as_it_is():
     method = seeded()
     g = torch.randn(1, 6)
