@@ -196,9 +196,7 @@ class GradNorm(GramianAggregator):
         mine = w[part]
         gradient = gradnorm(gramian, mine, ratios / mean, alpha=self.alpha)
         if self.param == "softmax":
-            size = (gradient * mine).abs().max()
             gradient = mine * (gradient - gradient @ mine / mine.sum())
-            gradient[gradient.abs() <= _ROUNDING * size] = 0.0
         first, second, n_steps = adam[:, part]
         n_steps = n_steps + 1
         first = first.lerp(gradient, 1 - _FIRST_DECAY)
