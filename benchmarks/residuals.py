@@ -124,10 +124,80 @@ def _pcgrad(name: str, jacobian: Tensor) -> float:
     return _worst(np.linalg.norm(w @ j - total) / (w @ _norms(j)), np.abs(w[~active]).sum())
 
 
+def _gradvac(name: str, jacobian: Tensor) -> float:
+    """Two steps with the same orders, on the vectors themselves.
+
+    Not defined where a projected gradient all but vanishes: the next cosine is rounding.
+    """
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    method = gradbal.create(name, beta=0.5, generator=generators[0])
+    active = _active(jacobian.numpy())
+    targets = np.zeros((len(jacobian), len(jacobian)))
+    worst = 0.0
+    # Stretched columns give the second step other cosines than the first.
+    for stretch in (1.0, torch.linspace(0.1, 2, jacobian.shape[1], dtype=torch.float64)):
+        rows = jacobian * stretch
+        d = method.direction(rows).numpy()  # type: ignore[attr-defined]
+        j, n = rows.numpy(), _norms(rows.numpy())
+        total, size = np.zeros(j.shape[1]), 0.0
+        for i, order in enumerate(random_orders(len(j), generators[1]).numpy()):
+            v, terms = j[i].copy(), n[i]
+            for k in order[active[order]] if active[i] else ():
+                length, wanted = np.linalg.norm(v), targets[i, k]
+                if length < 1e-6 * terms:
+                    return float("nan")
+                cosine = np.clip(v @ j[k] / length / n[k], -1, 1)
+                targets[i, k] = 0.5 * wanted + 0.5 * cosine
+                if cosine < wanted:
+                    sine = max(np.sin(np.arccos(wanted)), 1e-4)
+                    part = length * np.sin(np.arccos(cosine) - np.arccos(wanted)) / (n[k] * sine)
+                    v += part * j[k]
+                    terms = max(terms, abs(part) * n[k])
+            total += v
+            size += terms
+        worst = max(worst, _worst(_relative(np.linalg.norm(d - total), size)))
+    return worst
+
+
+def _gradnorm(name: str, jacobian: Tensor) -> float:
+    """Four steps of the recurrence with α = 1.5, in its plain form."""
+    method, j = gradbal.create(name), jacobian.numpy()
+    n = _norms(j)
+    losses = np.random.default_rng(len(n)).uniform(0.5, 2.0, (4, len(n)))
+    w, first, second = np.ones_like(n), np.zeros_like(n), np.zeros_like(n)
+    worst = 0.0
+    for k, values in enumerate(losses, 1):
+        d = method.direction(jacobian, torch.from_numpy(values)).numpy()  # type: ignore[attr-defined]
+        worst = max(worst, _worst(_relative(np.linalg.norm(d - w @ j), w @ n)))
+        rates = values / losses[0]
+        wanted = (w @ n) / len(n) * (rates / rates.mean()) ** 1.5
+        # Equal norms at the first step are equal but for rounding.
+        gap = np.where(np.abs(w * n - wanted) > 1e-12 * wanted, w * n - wanted, 0)
+        first = 0.9 * first + 0.1 * np.sign(gap) * n
+        second = 0.999 * second + 0.001 * (np.sign(gap) * n) ** 2
+        step = first / (1 - 0.9**k) / np.sqrt(np.where(second > 0, second, 1) / (1 - 0.999**k))
+        w = np.maximum(w - 0.025 * step, 1e-6)
+        w *= len(n) / w.sum()
+    return worst
+
+
 def _mgda(name: str, jacobian: Tensor) -> float:
     """`(Gw)_i ≥ wᵀGw`, with equality where w_i > 0, on the simplex; so d = 0 with a zero row."""
-    j = jacobian.numpy()
     w = gradbal.create(name).weights(jacobian @ jacobian.T).numpy()  # type: ignore[attr-defined]
+    return _least_norm(jacobian.numpy(), w)
+
+
+def _cr_mogm(name: str, jacobian: Tensor) -> float:
+    """The second step's weights are halfway between two that are MGDA's."""
+    method = gradbal.create(name, a=0.5)
+    other = jacobian * torch.linspace(0.1, 2, jacobian.shape[1], dtype=torch.float64)
+    first, second = (method.weights(j @ j.T).numpy() for j in (jacobian, other))  # type: ignore[attr-defined]
+    fresh = gradbal.create("mgda").weights(other @ other.T).numpy()  # type: ignore[attr-defined]
+    gap = float(np.abs(second - (first + fresh) / 2).max())
+    return max(gap, _least_norm(jacobian.numpy(), first), _least_norm(other.numpy(), fresh))
+
+
+def _least_norm(j: Array, w: Array) -> float:
     _, gw, size = _products(j, w)
     gap = gw - (w @ j) @ (w @ j)
     violation = np.where(w > 0, np.abs(gap), np.maximum(-gap, 0))
@@ -529,8 +599,11 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "random": _rlw,
     "rgw": _rlw,
     "uw": _uw,
+    "gradnorm": _gradnorm,
     "pcgrad": _pcgrad,
+    "gradvac": _gradvac,
     "mgda": _mgda,
+    "cr_mogm": _cr_mogm,
     "upgrad": _upgrad,
     "dualproj": _dualproj,
     "cagrad": _cagrad,

@@ -297,9 +297,14 @@ class Balancer:
         return _Examined(g if g.dim() == 2 else g.sum(0), host, present, absent)
 
     def _check_columns(self) -> None:
-        """State `[T, P]` belongs to the shared parameters that it was gathered for."""
+        """State `[T, P]`, or of column groups, belongs to the shared parameters that it was
+        gathered for."""
         aggregator = self.aggregator
-        if not (isinstance(aggregator, JacobianAggregator) and aggregator.per_parameter_state):
+        if isinstance(aggregator, GramianAggregator):
+            if aggregator.column_groups(self.rows.shapes) is None:
+                return
+            self._check_grouped()
+        elif not (isinstance(aggregator, JacobianAggregator) and aggregator.per_parameter_state):
             return
         if self._columns is not None and self._columns != self.rows.shared:
             raise ValueError(
@@ -307,6 +312,20 @@ class Balancer:
                 f"state for each; found {len(self.rows.shared)} of other indices than before"
             )
         self._columns = list(self.rows.shared)
+
+    def _check_grouped(self) -> None:
+        """Weights by column group are not one number for each task."""
+        name = self.aggregator.name
+        if self.update_every != 1:
+            raise ValueError(
+                f"update_every must be 1 for {name!r} with weights by column group, "
+                f"found {self.update_every}"
+            )
+        if self.heads != "own":
+            raise ValueError(
+                f"heads must be 'own' for {name!r} with weights by column group, "
+                f"found {self.heads!r}"
+            )
 
     def _aggregate(
         self, host: HostValues, present: list[int], scale: Tensor | None

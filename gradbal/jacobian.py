@@ -576,7 +576,7 @@ def shared_indices(
             "at least one trained parameter must be reached by two or more losses, found "
             f"{reached} of {len(parameters)} reached, each by one loss alone"
             if explicit is None
-            else f"no loss reaches any of the {len(explicit)} `shared_params`"
+            else f"no loss reaches any of the {len(explicit)} `shared_params` or `layer` tensors"
         )
     return shared
 

@@ -46,8 +46,11 @@ def make(name: str) -> Zoo:
 
 
 def targets(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Conflicting losses: every output is drawn to another constant."""
-    return [(o - (-2.0) ** i).square().mean() for i, o in enumerate(outputs)]
+    """Conflicting losses: every output is drawn to another constant.
+
+    They are at least 1, so that their logarithms suit methods that take no negative losses.
+    """
+    return [(o - (-2.0) ** i).square().mean() + 1 for i, o in enumerate(outputs)]
 
 
 class Plain(Zoo):

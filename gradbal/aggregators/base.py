@@ -55,7 +55,8 @@ def symmetric_float64(gramian: Tensor) -> Array:
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"a Gramian must have shape [T, T], found {list(shape)}")
     matrix = gramian.detach().to("cpu", torch.float64).numpy()
-    if not np.isfinite(matrix).all():
+    # The sum of squares is the quicker look, but may overflow.
+    if not (math.isfinite(np.vdot(matrix, matrix)) or np.isfinite(matrix).all()):
         raise ValueError("a Gramian must be finite, found NaN or inf")
     return 0.5 * (matrix + matrix.T)  # type: ignore[no-any-return]
 
@@ -182,7 +183,7 @@ class Aggregator(ABC):
 
     category: ClassVar[str]
     name: ClassVar[str] = ""
-    promises: ClassVar[Promises] = Promises()
+    promises: Promises = Promises()
     state_names: ClassVar[tuple[str, ...]] = ()
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
