@@ -74,7 +74,9 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
 
     Note:
         With frozen parameters and small γ, λ goes to MGDA's weights of the transformed losses.
-        Where a displaced loss is not finite δ is halved once, and then λ stays as it is.
+        Where a displaced loss is not finite δ is halved once, and then λ stays as it is; it also
+        stays where the gradient, or with "free" the learning rate, is zero. An upper problem other
+        than MGDA's is left out.
 
     Example:
         >>> import torch
@@ -174,12 +176,12 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
     def update(self, losses: Tensor) -> None:
         """With "free": moves λ by how far the losses `[T]` have fallen."""
         before, self.before = self.before, None
-        if before is None:
+        if before is None or self.learning_rate == 0.0:
             return
-        if not self.learning_rate:
+        if self.learning_rate is None:
             raise ValueError(
                 "'marigold' with estimator='free' needs the learning rate of the wrapped "
-                f"optimizer's first group, found {self.learning_rate}"
+                "optimizer's first group as a number on the host, found none"
             )
         fall = self._transformed(before) - self._transformed(losses)
         q = fall / self.learning_rate
