@@ -102,9 +102,12 @@ def _buffers_kept() -> Iterator[None]:
     By replacing `Module.__call__`, as torch.fx does while it traces: a global hook would make
     `torch.compile` compile anew at every step.
     """
+    global _plain_call
     lender = _Lender()
+    if not _lenders:
+        _plain_call = nn.Module.__call__
+        nn.Module.__call__ = _lend_and_call  # type: ignore[method-assign]
     _lenders.append(lender)
-    nn.Module.__call__ = _lend_and_call  # type: ignore[method-assign]
     try:
         yield
     finally:
