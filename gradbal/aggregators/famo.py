@@ -194,9 +194,10 @@ class FAMO(ClosureAggregator, Scalarizer):
         z = logits.masked_fill(~seen, float("-inf")).softmax(0).nan_to_num()
         fall = fall.where(seen, 0.0)
         gradient = z * (fall - (z * fall).sum())
-        self.logits, self.moments = adam_step(
+        moved, self.moments = adam_step(
             logits, gradient, self.moments, lr=self.lr, weight_decay=self.gamma
         )
+        self.logits = moved.where(seen, logits)
         self.before = None
 
     def reset(self) -> None:
