@@ -14,7 +14,7 @@ from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
 from gradbal.jacobian import check_dense, hooks_held_back
 
-__all__ = ["Closure", "Evaluations", "read_values"]
+__all__ = ["Closure", "Evaluations", "length", "read_values"]
 
 Source = Literal["train", "validation"]
 
@@ -47,6 +47,18 @@ def read_values(losses: object, names: Names | None) -> Tensor:
     if any(value.dim() for value in values):
         raise ValueError(f"losses must be scalars, found shapes {[list(v.shape) for v in values]}")
     return torch.stack(values)
+
+
+def length(parts: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all parts together, to a few digits, whatever their scale."""
+
+    def norm(parts: Sequence[Tensor]) -> float:
+        norms = torch.stack([torch.linalg.vector_norm(part.detach()) for part in parts])
+        return float(torch.linalg.vector_norm(norms))
+
+    found = norm(parts)
+    # Beyond these, squares have left the range of the parts' own precision.
+    return found if 1e-15 < found < 1e15 else norm([part.double() for part in parts])
 
 
 class _Lender:
@@ -205,6 +217,7 @@ class Evaluations:
         self._optimizer = optimizer
         self._names = names
         self._moved = False
+        self._home: list[Tensor] | None = None
         self.here: Losses | None = None
         self.reached: set[int] = set()
 
@@ -242,13 +255,15 @@ class Evaluations:
         self._check_finite(rows.abs().amax(1), "gradients", source)
         return rows
 
-    def parameters(self) -> Tensor:
-        """θ `[P]`, a copy."""
-        return self._flat([p.detach() for p in self._parameters])
+    def lengths(self) -> tuple[float, float]:
+        """`|θ|` and the length of the parameters' `.grad`.
 
-    def grad(self) -> Tensor:
-        """The parameters' `.grad [P]`, zero where there is none; a copy."""
-        return self._flat([p.grad for p in self._parameters])
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        check_dense(grads, grads)
+        return length(self._parameters), length(grads) if grads else 0.0
 
     def virtual_step(self, gradient: Tensor) -> Tensor:
         """`−η(m + g + κθ) [P]`: where one step of SGD with the wrapped optimizer's learning rate η,
@@ -281,19 +296,28 @@ class Evaluations:
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         return [groups[id(p)] for p in self._parameters]
 
+    def moved(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it parameters are at θ + shift `[P]`; afterwards exactly where they were."""
+        return self._displaced(self._parts(shift), 1.0)
+
+    def moved_along_gradient(self, factor: float) -> contextlib.AbstractContextManager[None]:
+        """The same for `factor` times the parameters' `.grad`, without a copy of that."""
+        return self._displaced([p.grad for p in self._parameters], factor)
+
     @contextlib.contextmanager
-    def moved(self, shift: Tensor) -> Iterator[None]:
-        """Within it parameters are at θ + shift; afterwards exactly where they were."""
-        kept = [p.detach().clone() for p in self._parameters]
+    def _displaced(self, parts: Sequence[Tensor | None], factor: float) -> Iterator[None]:
+        if self._home is None:
+            self._home = [p.detach().clone() for p in self._parameters]
         self._moved = True
         try:
             # Through `data`: what the graph has saved counts as unchanged, and is, once it is back.
-            for p, value, part in zip(self._parameters, kept, self._parts(shift), strict=True):
-                p.data.copy_(value + part.to(value))
+            for p, value, part in zip(self._parameters, self._home, parts, strict=True):
+                if part is not None:
+                    torch.add(value, part.to(value), alpha=factor, out=p.data)
             yield
         finally:
             self._moved = False
-            for p, value in zip(self._parameters, kept, strict=True):
+            for p, value in zip(self._parameters, self._home, strict=True):
                 p.data.copy_(value)
 
     def deliver(self, gradient: Tensor) -> None:

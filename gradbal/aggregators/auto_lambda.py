@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradbal._closures import length
 from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
 from gradbal.aggregators.base import BilevelAggregator, in_range, one_of
 from gradbal.registry import Promises, register
@@ -126,7 +127,7 @@ class AutoLambda(MetaMixin, BilevelAggregator):
         shift = evaluations.virtual_step(evaluations.gradient(self._weights()))
         with evaluations.moved(shift):
             v = evaluations.learning_rates() * evaluations.gradient(chosen, "validation")
-        norm = float(torch.linalg.vector_norm(v.double()))
+        norm = length([v])
         if norm > 0.0:
             epsilon = self.fd_eps / norm
             with evaluations.moved(epsilon * v):

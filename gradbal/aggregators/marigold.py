@@ -154,17 +154,15 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
 
     def look(self, evaluations: Evaluations, losses: Tensor) -> None:
         """Estimates `J d` from losses along `d = .grad`, and moves λ."""
-        d = evaluations.grad()
-        norm = float(torch.linalg.vector_norm(d.double()))
+        theta, norm = evaluations.lengths()
         if not 0.0 < norm < float("inf"):
             return
-        theta = float(torch.linalg.vector_norm(evaluations.parameters().double()))
         delta = self.eps * (1.0 + theta) / norm
         for distance in (delta, 0.5 * delta):
-            with evaluations.moved(-distance * d):
+            with evaluations.moved_along_gradient(-distance):
                 behind = self._transformed(evaluations.losses())
             if self.estimator == "central":
-                with evaluations.moved(distance * d):
+                with evaluations.moved_along_gradient(distance):
                     ahead = self._transformed(evaluations.losses())
                 q = (ahead - behind) / (2 * distance)
             else:
