@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from gradbal import MultiTaskOptimizer
-from gradbal._closures import Closure, Evaluations, read_values
+from gradbal._closures import Closure, Evaluations, length, read_values
 
 CPU = torch.device("cpu")
 
@@ -234,6 +234,17 @@ def test_half_precision_gradients_whose_sum_overflows_are_finite() -> None:
     assert bool((evaluations.jacobian() == 100.0).all())
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_lengths_of_any_scale(scale: float) -> None:
+    parts = [scale * torch.tensor([3.0, 0.0]), scale * torch.tensor(4.0)]
+    assert length(parts) == pytest.approx(5 * scale, rel=1e-5)
+    assert length([torch.zeros(2)]) == 0.0
+    assert length([torch.full((10_000,), 1e3, dtype=torch.float16)]) == pytest.approx(1e5)
+    p = nn.Parameter(torch.ones(4))
+    evaluations = Evaluations(Closure(list, [CPU]), None, [p], SGD([p], lr=1.0), None)
+    assert evaluations.lengths() == (2.0, 0.0)
+
+
 def test_what_a_virtual_step_needs() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
     sgd = SGD([{"params": [b], "lr": 3.0}, {"params": [a]}], lr=0.5)
@@ -256,6 +267,9 @@ def test_parameters_on_several_devices_and_sparse_gradients_are_refused() -> Non
 
     with pytest.raises(ValueError, match=r"gradients must be dense.*sparse=False"):
         opt.step(closure, closure)
+    opt = MultiTaskOptimizer(SGD(table.parameters(), lr=0.1), "marigold")
+    with pytest.raises(ValueError, match=r"gradients must be dense.*sparse=False"):
+        opt.step(closure)
 
 
 @pytest.mark.parametrize("name", ["famo", "marigold", "moml", "auto_lambda", "forum"])

@@ -244,6 +244,23 @@ def test_the_scale_of_a_loss_changes_nothing_with_log() -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60])
+def test_the_scale_of_all_losses_changes_no_weights_without_log(exponent: int) -> None:
+    # In float32 the squares of such gradients are out of range.
+    runs = []
+    for scale in (1.0, 2.0**exponent):
+        model = Quadratics(3).float()
+        model.scales = scale * torch.ones(3)
+        model.hessians, model.optima = model.hessians.float(), model.optima.float()
+        opt, found = _watched(model, lr=0.0, transform="identity", gamma=0.5)
+        for _ in range(3):
+            opt.step(model.losses)
+        runs.append(opt.aggregator.simplex_weights)
+    assert not torch.equal(runs[0], torch.full_like(runs[0], 1 / 3))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-3, atol=1e-4)
+    assert len(found) == 3
+
+
 def test_displacements_and_calls() -> None:
     for estimator, steps in (("central", [-1.0, 1.0]), ("forward", [-1.0])):
         model = Quadratics()
