@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, NoReturn
 
@@ -109,6 +110,44 @@ def solvers(
     finally:
         torch.set_num_threads(threads)
     console.print(f"Median ratios of {rounds} interleaved rounds, one thread, float32.")
+
+
+@speed.command()
+def scaling(
+    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "2,5,10,20,40",
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
+) -> None:
+    """Passes and CPU time of a step as tasks are added: MARIGOLD and FAMO beside MGDA."""
+    from benchmarks.speed.scaling import METHODS, Row, measure
+
+    counts = _counts(tasks)
+    if rounds < 1:
+        _stop(BadInput(f"`--rounds` must be positive, found {rounds}"))
+    console = Console(highlight=False)
+    found: dict[str, list[Row]] = {}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(METHODS) * len(counts))
+        for row in measure(counts, rounds):
+            found.setdefault(row.method, []).append(row)
+            progress.advance(task)
+    cells: dict[str, Callable[[Row], str]] = {
+        "Backward + forward passes through the trunk in one step": (
+            lambda row: f"{row.backwards} + {row.forwards}"
+        ),
+        "CPU time of a step over one with sum(losses).backward()": lambda row: f"{row.ratio:.2f}",
+    }
+    for title, cell in cells.items():
+        table = Table(title=title)
+        table.add_column("method \\ T")
+        for count in counts:
+            table.add_column(str(count), justify="right")
+        for method, rows in found.items():
+            table.add_row(method, *map(cell, rows))
+        console.print(table)
+    console.print(
+        f"Median ratios of {rounds} interleaved rounds, one thread: a perceptron 256-512-512-256 "
+        "with T linear heads, batch 64, SGD."
+    )
 
 
 def _counts(tasks: str) -> list[int]:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
+from gradbal.jacobian import check_dense, hooks_held_back
 
-__all__ = ["Closure", "Evaluations", "read_values"]
+__all__ = ["Closure", "Evaluations", "length", "read_values"]
 
 Source = Literal["train", "validation"]
 
@@ -42,42 +42,99 @@ def read_values(losses: object, names: Names | None) -> Tensor:
     if not parts or (names is not None and found != names):
         expected = "at least one loss" if names is None else f"the losses of {list(names)}"
         raise ValueError(f"{expected} are required, found {list(found)}")
-    values = [torch.as_tensor(part).detach() for part in parts]
+    wide = torch.float64
+    values = [p.detach() if isinstance(p, Tensor) else torch.tensor(p, dtype=wide) for p in parts]
     if any(value.dim() for value in values):
         raise ValueError(f"losses must be scalars, found shapes {[list(v.shape) for v in values]}")
     return torch.stack(values)
 
 
-@contextlib.contextmanager
-def _buffers_kept() -> Iterator[None]:
-    """Gives every module that is called copies of its buffers (running statistics, counters).
+def length(parts: Sequence[Tensor]) -> float:
+    """The Euclidean norm of all parts together, to a few digits, whatever their scale."""
+
+    def norm(parts: Sequence[Tensor]) -> float:
+        norms = torch.stack([torch.linalg.vector_norm(part.detach()) for part in parts])
+        return float(torch.linalg.vector_norm(norms))
+
+    found = norm(parts)
+    # Beyond these, squares have left the range of the parts' own precision.
+    return found if 1e-15 < found < 1e15 else norm([part.double() for part in parts])
+
+
+class _Lender:
+    """Gives modules copies of their buffers (running statistics, counters), and takes them back.
 
     The buffers themselves stay untouched, since the graph of the first call may need them.
     """
-    kept: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
 
-    def lend(module: nn.Module, arguments: Any) -> None:
+    def __init__(self) -> None:
+        self._buffers: dict[int, tuple[nn.Module, dict[str, Tensor | None]]] = {}
+        self._copies: dict[int, Tensor] = {}
+
+    def lend(self, module: nn.Module) -> None:
+        """To a module that is about to be called, and all modules within; to each only once."""
+        if id(module) in self._buffers:
+            return
         for each in module.modules():
-            for name, buffer in each._buffers.items():
-                if buffer is not None and (id(each), name) not in kept:
-                    kept[id(each), name] = (each, name, buffer)
-                    each._buffers[name] = buffer.clone()
+            if id(each) not in self._buffers:
+                self._buffers[id(each)] = each, dict(each._buffers)
+                for name, buffer in each._buffers.items():
+                    if buffer is not None:
+                        # A buffer that two modules share has one copy.
+                        if id(buffer) not in self._copies:
+                            self._copies[id(buffer)] = buffer.clone()
+                        each._buffers[name] = self._copies[id(buffer)]
 
-    hook = register_module_forward_pre_hook(lend)
+    def take_back(self) -> None:
+        """Every module has the buffers that it had, those and no others."""
+        for module, buffers in self._buffers.values():
+            # A scripted module has a mapping of its own kind, which does not iterate.
+            for name in set(module._buffers.keys()).difference(buffers):
+                del module._buffers[name]
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+
+
+_lenders: list[_Lender] = []
+_plain_call = nn.Module.__call__
+
+
+def _lend_and_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # In compiled code all modules belong to one that was called from outside.
+    if not torch.compiler.is_compiling():
+        for lender in _lenders:
+            lender.lend(module)
+    return _plain_call(module, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _buffers_kept() -> Iterator[None]:
+    """Within it all modules that are called work on copies of their buffers.
+
+    By replacing `Module.__call__`, as torch.fx does while it traces: a global hook would make
+    `torch.compile` compile anew at every step.
+    """
+    global _plain_call
+    lender = _Lender()
+    if not _lenders:
+        _plain_call = nn.Module.__call__
+        nn.Module.__call__ = _lend_and_call  # type: ignore[method-assign]
+    _lenders.append(lender)
     try:
         yield
     finally:
-        hook.remove()
-        for module, name, buffer in kept.values():
-            module._buffers[name] = buffer
+        _lenders.remove(lender)
+        if not _lenders:
+            nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
+        lender.take_back()
 
 
 class Closure:
     """A function that returns the losses of one batch, called several times within a step.
 
     The first call is the user's own. Further ones start from the random state that the first one
-    started from, so that dropout draws the same masks, and leave the random state and the buffers
-    of all modules as they were.
+    started from, so that dropout draws the same masks, and leave torch's random state and the
+    buffers of all modules that are called as they were.
 
     Args:
         function: returns T losses.
@@ -102,21 +159,27 @@ class Closure:
             self._random = before
         else:
             self._set_random_state(self._random)
+        # Autocast keeps half-precision copies of parameters, which may have moved since.
+        torch.clear_autocast_cache()
         try:
             with _buffers_kept(), torch.set_grad_enabled(grad):
                 return self._function()
         finally:
+            torch.clear_autocast_cache()
             self._set_random_state(before)
 
     def _random_state(self) -> list[Tensor]:
-        modules = [torch.get_device_module(d) for d in self._devices]
-        states = [m.get_rng_state(d) for m, d in zip(modules, self._devices, strict=True)]
-        return [torch.get_rng_state(), *states]
+        states = [torch.get_rng_state()]
+        for device in self._devices:
+            where = () if device.type == "mps" else (device,)
+            states.append(torch.get_device_module(device).get_rng_state(*where))
+        return states
 
     def _set_random_state(self, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
+            where = () if device.type == "mps" else (device,)
+            torch.get_device_module(device).set_rng_state(state, *where)
 
 
 class Evaluations:
@@ -154,6 +217,7 @@ class Evaluations:
         self._optimizer = optimizer
         self._names = names
         self._moved = False
+        self._home: list[Tensor] | None = None
         self.here: Losses | None = None
         self.reached: set[int] = set()
 
@@ -181,7 +245,7 @@ class Evaluations:
         batch = self._with_graph(source)
         roots, cotangents = zip(*batch.roots(weights.to(batch.values)), strict=True)
         gradient = self._flat(self._gradients(roots, cotangents))
-        self._check_finite(gradient.sum(), "gradients", source)
+        self._check_finite(gradient.abs().amax(), "gradients", source)
         return batch.values, gradient
 
     def jacobian(self, source: Source = "train") -> Tensor:
@@ -189,44 +253,72 @@ class Evaluations:
         batch = self._with_graph(source)
         roots = batch.roots(torch.ones_like(batch.values))
         rows = torch.stack([self._flat(self._gradients(root, c)) for root, c in roots])
-        self._check_finite(rows.sum(1), "gradients", source)
+        self._check_finite(rows.abs().amax(1), "gradients", source)
         return rows
 
-    def parameters(self) -> Tensor:
-        """θ `[P]`, a copy."""
-        return self._flat([p.detach() for p in self._parameters])
+    def lengths(self) -> tuple[float, float]:
+        """`|θ|` and the length of the parameters' `.grad`.
 
-    def grad(self) -> Tensor:
-        """The parameters' `.grad [P]`, zero where there is none; a copy."""
-        return self._flat([p.grad for p in self._parameters])
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        check_dense(grads, grads)
+        return length(self._parameters), length(grads) if grads else 0.0
 
     def virtual_step(self, gradient: Tensor) -> Tensor:
         """`−η(m + g + κθ) [P]`: where one step of SGD with the wrapped optimizer's learning rate η,
         momentum `m` (0 where it has none) and weight decay κ would go."""
-        shifts, parts = [], self._parts(gradient)
-        settings = {id(p): g for g in self._optimizer.param_groups for p in g["params"]}
-        for p, g in zip(self._parameters, parts, strict=True):
-            group = settings[id(p)]
+        steps, parts = [], self._parts(gradient)
+        for p, g, group in zip(self._parameters, parts, self._groups(), strict=True):
             buffer = self._optimizer.state.get(p, {}).get("momentum_buffer")
             step = g + float(group.get("weight_decay", 0.0)) * p.detach()
             if buffer is not None:
                 step = step + float(group.get("momentum", 0.0)) * buffer
-            shifts.append(-float(group["lr"]) * step)
-        return self._flat(shifts)
+            steps.append(step)
+        return -self.learning_rates() * self._flat(steps)
+
+    def learning_rates(self) -> Tensor:
+        """`η [P]` of the wrapped optimizer, which may differ from param group to param group.
+
+        Raises:
+            ValueError: a group has none.
+        """
+        pairs = list(zip(self._parameters, self._groups(), strict=True))
+        if not all("lr" in group for _, group in pairs):
+            raise ValueError(
+                "virtual steps need a learning rate `lr` in every param group of the wrapped "
+                "optimizer, found a group without"
+            )
+        return self._flat([torch.full_like(p, float(group["lr"])) for p, group in pairs])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's param group of each parameter."""
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        return [groups[id(p)] for p in self._parameters]
+
+    def moved(self, shift: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Within it parameters are at θ + shift `[P]`; afterwards exactly where they were."""
+        return self._displaced(self._parts(shift), 1.0)
+
+    def moved_along_gradient(self, factor: float) -> contextlib.AbstractContextManager[None]:
+        """The same for `factor` times the parameters' `.grad`, without a copy of that."""
+        return self._displaced([p.grad for p in self._parameters], factor)
 
     @contextlib.contextmanager
-    def moved(self, shift: Tensor) -> Iterator[None]:
-        """Within it parameters are at θ + shift; afterwards exactly where they were."""
-        kept = [p.detach().clone() for p in self._parameters]
+    def _displaced(self, parts: Sequence[Tensor | None], factor: float) -> Iterator[None]:
+        if self._home is None:
+            self._home = [p.detach().clone() for p in self._parameters]
         self._moved = True
         try:
             # Through `data`: what the graph has saved counts as unchanged, and is, once it is back.
-            for p, value, part in zip(self._parameters, kept, self._parts(shift), strict=True):
-                p.data.copy_(value + part.to(value))
+            for p, value, part in zip(self._parameters, self._home, parts, strict=True):
+                if part is not None:
+                    torch.add(value, part.to(value), alpha=factor, out=p.data)
             yield
         finally:
             self._moved = False
-            for p, value in zip(self._parameters, kept, strict=True):
+            for p, value in zip(self._parameters, self._home, strict=True):
                 p.data.copy_(value)
 
     def deliver(self, gradient: Tensor) -> None:
@@ -258,9 +350,11 @@ class Evaluations:
         return batch
 
     def _gradients(self, roots: Any, cotangents: Any) -> Sequence[Tensor | None]:
-        grads = torch.autograd.grad(
-            roots, self._parameters, cotangents, retain_graph=True, allow_unused=True
-        )
+        with hooks_held_back(self._parameters):
+            grads = torch.autograd.grad(
+                roots, self._parameters, cotangents, retain_graph=True, allow_unused=True
+            )
+        check_dense(grads, self._parameters)
         pairs = zip(self._parameters, grads, strict=True)
         self.reached.update(id(p) for p, g in pairs if g is not None)
         return grads

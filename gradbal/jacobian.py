@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 __all__ = [
     "Rows",
+    "check_dense",
     "combine",
     "cross_gramian",
     "gramian",
@@ -445,7 +446,7 @@ class Rows:
                     retain_graph=retain_graph or not last,
                     allow_unused=True,
                 )
-                _check_dense(grads, parameters)
+                check_dense(grads, parameters)
                 found = tuple(g is not None for g in grads)
                 if loose is None and found != layout.reach[i]:
                     written = len(roots) if accumulate else i
@@ -599,7 +600,12 @@ def _add(into: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
         into[k] = into[k] + g if k in into else g
 
 
-def _check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    """Refuses sparse gradients.
+
+    Raises:
+        ValueError: a gradient is sparse.
+    """
     for g, p in zip(grads, parameters, strict=True):
         if g is not None and g.layout != torch.strided:
             raise ValueError(

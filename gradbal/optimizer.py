@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -264,17 +265,23 @@ class MultiTaskOptimizer(Optimizer):
         else:
             absent = self._absent([batch, *others], single_pass)
         self.aggregator.learning_rate = _learning_rate(self.optimizer)
-        if absent is not None:
-            self.aggregator.prepare(len(batch.names), batch.values)
-        self._late, self._skip_step = None, False
+        with _unchanged_by_errors(self.aggregator):
+            if absent is not None:
+                self.aggregator.prepare(len(batch.names), batch.values)
+            self._late, self._skip_step = None, False
+            delivered = (
+                absent is not None
+                and not self._spoiled
+                and balancer.backward(
+                    BackwardCall(
+                        batch, parameters, absent, accumulate, scale, retain_graph, features, others
+                    )
+                )
+            )
         if self._spoiled:
             # One of this step's micro-batches was not finite: the whole step is left out.
             self._spoiled, self._skip_step = accumulate, True
-        elif absent is None or not balancer.backward(
-            BackwardCall(
-                batch, parameters, absent, accumulate, scale, retain_graph, features, others
-            )
-        ):
+        elif not delivered:
             balancer.give_up_pending()
             self._n_skipped += 1
             self._spoiled, self._skip_step = accumulate, True
@@ -324,16 +331,19 @@ class MultiTaskOptimizer(Optimizer):
         losses, first = self._evaluate(train)
         if self._skip_step:
             return losses
-        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_around:
-            self._look_around(aggregator, train, losses)
+        # Steps that use weights again (update_every) have nothing to learn from.
+        renewed = (self._balancer.n_steps - 1) % self._balancer.update_every == 0
+        looking = aggregator if isinstance(aggregator, ClosureAggregator) and renewed else None
+        if looking is not None and looking.looks_around:
+            self._look_around(looking, train, losses)
         answers = [first]
 
         def again() -> Tensor:
             return answers.pop() if answers else self._evaluate(train)[1]
 
         self.optimizer.step(again)  # type: ignore[arg-type]
-        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_after:
-            aggregator.update(read_values(train.again(grad=False), self._balancer.tasks))
+        if looking is not None and looking.looks_after:
+            looking.update(read_values(train.again(grad=False), self._balancer.tasks))
         return losses
 
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
@@ -559,22 +569,21 @@ class MultiTaskOptimizer(Optimizer):
             self._n_skipped += 1
             return losses
         evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
-        before = aggregator.state_dict()
+        aggregator.learning_rate = _learning_rate(self.optimizer)
         try:
             evaluations.begin(batch)
-            aggregator.learning_rate = _learning_rate(self.optimizer)
-            aggregator.prepare(len(batch.names), batch.values)
-            found = aggregator.step(evaluations)
-        except BaseException as error:
-            aggregator.load_state_dict(before)
-            if isinstance(error, NonFiniteError) and balancer.nonfinite == "skip":
-                self._n_skipped += 1
-                return losses
-            raise
-        if aggregator.gives_gradient:
-            evaluations.deliver(found)
-        else:
-            batch.backward(found, self._trained(), False)
+            with _unchanged_by_errors(aggregator):
+                aggregator.prepare(len(batch.names), batch.values)
+                found = aggregator.step(evaluations)
+                if aggregator.gives_gradient:
+                    evaluations.deliver(found)
+                else:
+                    batch.backward(found, self._trained(), False)
+        except NonFiniteError:
+            if balancer.nonfinite == "raise":
+                raise
+            self._n_skipped += 1
+            return losses
         balancer.conclude(batch, None if aggregator.gives_gradient else found)
         self.optimizer.step()
         return losses
@@ -626,6 +635,18 @@ class MultiTaskOptimizer(Optimizer):
             return losses, torch.zeros(())
         w = torch.ones_like(self.losses) if self.weights is None else self.weights.to(self.losses)
         return losses, (w * self.losses).sum()
+
+
+@contextlib.contextmanager
+def _unchanged_by_errors(aggregator: Aggregator) -> Iterator[None]:
+    """What a method remembers from one evaluation of the losses to the next is put back."""
+    before = aggregator.state_dict() if isinstance(aggregator, ClosureAggregator) else None
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            aggregator.load_state_dict(before)
+        raise
 
 
 def _check_shared(shared: Iterable[Tensor] | None, optimizer: Optimizer) -> list[Tensor] | None:
@@ -716,6 +737,15 @@ def _check_fit(
                 )
         if nonfinite == "drop":
             raise ValueError(f"nonfinite must be 'raise' or 'skip' for {name!r}, found 'drop'")
+    elif (
+        isinstance(aggregator, ClosureAggregator)
+        and isinstance(aggregator, Scalarizer)
+        and loss_transform is not None
+    ):
+        raise ValueError(
+            f"loss_transform must be None for {name!r}, which compares losses from one evaluation "
+            f"to the next, found {loss_transform!r}"
+        )
     one_of("match_sum", match_sum, (False, True))
     gain = aggregator.promises.gain
     if match_sum and (

@@ -20,7 +20,6 @@ class MetaMixin:
     meta_lr: float
     alpha: Tensor | None = None
     moments: Moments | None = None
-    learning_rate: float | None
 
     def _first_alpha(self, n_tasks: int) -> float:
         """What every α_i starts from."""
@@ -48,20 +47,6 @@ class MetaMixin:
             self.moments,
             lr=self.meta_lr,
         )
-
-    def inner_rate(self, given: float | None) -> float:
-        """A hyperparameter, or the wrapped optimizer's learning rate where that is None.
-
-        Raises:
-            ValueError: there is none.
-        """
-        rate = self.learning_rate if given is None else given
-        if rate is None:
-            raise ValueError(
-                f"`{self.name}` needs a learning rate for its virtual step, found none in the "
-                "wrapped optimizer's first group; give `inner_lr`"
-            )
-        return rate
 
     def reset(self) -> None:
         """α as at first."""

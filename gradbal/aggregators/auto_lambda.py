@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradbal._closures import length
 from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
 from gradbal.aggregators.base import BilevelAggregator, in_range, one_of
 from gradbal.registry import Promises, register
@@ -33,10 +34,10 @@ class AutoLambda(MetaMixin, BilevelAggregator):
 
     Liu et al., "Auto-Lambda: Disentangling Dynamic Task Relationships", TMLR 2022,
     https://arxiv.org/abs/2202.03091. With training losses ℓ, a virtual step of the optimizer goes
-    to `θ' = θ − η(m + Σ λ_i ∇ℓ_i + κθ)`, m its momentum and κ its weight decay. With
-    `v = ∇ Σ_{i∈P} ℓ_i^val(θ')` over the primary tasks P, the derivative by λ_i is
-    `−η⟨∇ℓ_i(θ), v⟩`, which two forward passes give for all tasks:
-    `q_i = (ℓ_i(θ + εv) − ℓ_i(θ − εv))/(2ε)`, `ε = fd_eps/|v|`. λ takes an Adam step along `−ηq`,
+    to `θ' = θ − η(m + Σ λ_i ∇ℓ_i + κθ)`, η its learning rate (that of each param group), m its
+    momentum and κ its weight decay. With `v = η∇ Σ_{i∈P} ℓ_i^val(θ')` over the primary tasks P, the
+    derivative by λ_i is `−⟨∇ℓ_i(θ), v⟩`, which two forward passes give for all tasks:
+    `q_i = (ℓ_i(θ + εv) − ℓ_i(θ − εv))/(2ε)`, `ε = fd_eps/|v|`. λ takes an Adam step along `−q`,
     then the parameters move by `Σ λ_i ∇ℓ_i`.
 
     Call `step(closure, val_closure)`. All trained parameters are taken alike, heads too.
@@ -56,7 +57,9 @@ class AutoLambda(MetaMixin, BilevelAggregator):
         LibMTL takes the softmax, makes every task primary, leaves momentum and decay out of the
         virtual step, and crashes with its default number of inner steps; the official validation
         loader is the training set shuffled anew. Here all is as in the paper, θ is restored from
-        a copy, and buffers are put back after the extra passes.
+        a copy, and buffers are put back after the extra passes. The virtual step has SGD's
+        momentum, also in place of what other optimizers do, without dampening and Nesterov's term,
+        as in the official code. Where a displaced loss is not finite λ stays as it is.
 
     Example:
         >>> import torch
@@ -119,20 +122,21 @@ class AutoLambda(MetaMixin, BilevelAggregator):
     def step(self, evaluations: Evaluations) -> Tensor:
         """One step of λ; returns the weights `[T]`."""
         assert self.alpha is not None
-        eta = self.inner_rate(None)
         chosen = torch.zeros_like(self.alpha)
         chosen[slice(None) if self.primary is None else self.primary] = 1.0
         shift = evaluations.virtual_step(evaluations.gradient(self._weights()))
         with evaluations.moved(shift):
-            v = evaluations.gradient(chosen, "validation")
-        norm = float(torch.linalg.vector_norm(v.double()))
+            v = evaluations.learning_rates() * evaluations.gradient(chosen, "validation")
+        norm = length([v])
         if norm > 0.0:
             epsilon = self.fd_eps / norm
             with evaluations.moved(epsilon * v):
                 ahead = evaluations.losses().double()
             with evaluations.moved(-epsilon * v):
                 behind = evaluations.losses().double()
-            gradient = -eta * (ahead - behind) / (2.0 * epsilon)
+            gradient = (behind - ahead) / (2.0 * epsilon)
+            if not bool(gradient.isfinite().all()):
+                return self._weights()
             if self.param == "softmax":
                 gradient = softmax_jacobian(self.alpha.to(gradient)) @ gradient
             self.train_alpha(gradient)

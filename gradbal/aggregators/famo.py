@@ -99,13 +99,7 @@ class FAMO(ClosureAggregator, Scalarizer):
             ValueError: T differs from before or from the number of bounds; the losses after the
                 last step have not come.
         """
-        if isinstance(self.min_losses, list) and len(self.min_losses) != n_tasks:
-            raise ValueError(
-                f"`min_losses` must have one entry for each of {n_tasks} tasks, found "
-                f"{len(self.min_losses)}"
-            )
-        if self.logits is not None and len(self.logits) != n_tasks:
-            raise ValueError(f"`famo` has {len(self.logits)} tasks, found {n_tasks}")
+        self._check(n_tasks)
         self._n_tasks = n_tasks
         if self.before is not None and not self.lazy:
             raise ValueError(
@@ -113,6 +107,15 @@ class FAMO(ClosureAggregator, Scalarizer):
                 "update(losses) after step(), or take lazy=True; found neither since the last "
                 "`backward`"
             )
+
+    def _check(self, n_tasks: int) -> None:
+        if isinstance(self.min_losses, list) and len(self.min_losses) != n_tasks:
+            raise ValueError(
+                f"`min_losses` must have one entry for each of {n_tasks} tasks, found "
+                f"{len(self.min_losses)}"
+            )
+        if self.logits is not None and len(self.logits) != n_tasks:
+            raise ValueError(f"`famo` has {len(self.logits)} tasks, found {n_tasks}")
 
     def _current(self, like: Tensor) -> Tensor:
         """ξ `[T]`, made if need be, on the device of `like`."""
@@ -124,6 +127,8 @@ class FAMO(ClosureAggregator, Scalarizer):
 
     def _above(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """D `[T]` or `[k]`."""
+        if tasks is None:
+            self._check(len(losses))
         bounds: float | Tensor
         if isinstance(self.min_losses, list):
             chosen = self.min_losses if tasks is None else [self.min_losses[i] for i in tasks]
@@ -196,9 +201,10 @@ class FAMO(ClosureAggregator, Scalarizer):
         z = logits.masked_fill(~seen, float("-inf")).softmax(0).nan_to_num()
         fall = fall.where(seen, 0.0)
         gradient = z * (fall - (z * fall).sum())
-        self.logits, self.moments = adam_step(
+        moved, self.moments = adam_step(
             logits, gradient, self.moments, lr=self.lr, weight_decay=self.gamma
         )
+        self.logits = moved.where(seen, logits)
         self.before = None
 
     def reset(self) -> None:

@@ -57,8 +57,9 @@ class FORUM(MetaMixin, BilevelAggregator):
 
     Note:
         The official code drops the ½ from the dual problem, adds the constraint
-        `ν ≥ Σ λ_i π_i`, and starts λ̄ at zero. Here the dual is solved as it stands, exactly, and λ̄
-        is on the simplex from the first step on, since `κ_0 = 1`.
+        `ν ≥ Σ λ_i π_i`, and starts λ̄ at zero; there is no option for that. Here the dual is solved
+        as it stands, exactly, and λ̄ is on the simplex from the first step on, since `κ_0 = 1`. The
+        K steps end early where a training loss leaves `1e5(1 + |f_i(ω)|)`.
 
     Example:
         >>> import torch

@@ -54,7 +54,9 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
     `s ← max(κs, max|q|)`, `λ ← Π(λ − γ(q/s + ρλ))`, Π the projection on the simplex.
 
     With frozen parameters and small γ, λ goes to MGDA's weights of the transformed losses. Where a
-    displaced loss is not finite δ is halved once, and then λ stays as it is.
+    displaced loss is not finite δ is halved once, and then λ stays as it is; it also stays where
+    the gradient, or with "free" the learning rate, is zero. Upper problems other than MGDA's are
+    left out.
 
     Call `step(closure)`: the two passes are on the same batch, from the same random state, without
     grad, and buffers (BatchNorm's statistics) are put back.
@@ -159,17 +161,15 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
 
     def look(self, evaluations: Evaluations, losses: Tensor) -> None:
         """Estimates `J d` from losses along `d = .grad`, and moves λ."""
-        d = evaluations.grad()
-        norm = float(torch.linalg.vector_norm(d.double()))
+        theta, norm = evaluations.lengths()
         if not 0.0 < norm < float("inf"):
             return
-        theta = float(torch.linalg.vector_norm(evaluations.parameters().double()))
         delta = self.eps * (1.0 + theta) / norm
         for distance in (delta, 0.5 * delta):
-            with evaluations.moved(-distance * d):
+            with evaluations.moved_along_gradient(-distance):
                 behind = self._transformed(evaluations.losses())
             if self.estimator == "central":
-                with evaluations.moved(distance * d):
+                with evaluations.moved_along_gradient(distance):
                     ahead = self._transformed(evaluations.losses())
                 q = (ahead - behind) / (2 * distance)
             else:
@@ -181,12 +181,12 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
     def update(self, losses: Tensor) -> None:
         """With "free": moves λ by how far the losses `[T]` have fallen."""
         before, self.before = self.before, None
-        if before is None:
+        if before is None or self.learning_rate == 0.0:
             return
-        if not self.learning_rate:
+        if self.learning_rate is None:
             raise ValueError(
                 "'marigold' with estimator='free' needs the learning rate of the wrapped "
-                f"optimizer's first group, found {self.learning_rate}"
+                "optimizer's first group as a number on the host, found none"
             )
         fall = self._transformed(before) - self._transformed(losses)
         q = fall / self.learning_rate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
+from gradbal.aggregators._meta import MetaMixin
 from gradbal.aggregators.base import BilevelAggregator, in_range, one_of
 from gradbal.aggregators.mgda import mgda
 from gradbal.jacobian import cross_gramian
@@ -26,7 +26,7 @@ __all__ = ["MOML", "moml"]
     year=2021,
     url="https://arxiv.org/abs/2102.07121",
     consumes="training and validation closures",
-    cost="2T backwards, 1 forward",
+    cost="2T + 1 backwards, 1 forward",
     promises=Promises(heads="weighted", simplex=True, zero_rows_inactive=False),
 )
 class MOML(MetaMixin, BilevelAggregator):
@@ -42,7 +42,7 @@ class MOML(MetaMixin, BilevelAggregator):
     Call `step(closure, val_closure)`. All trained parameters are taken alike, heads too.
 
     Args:
-        inner_lr: η; None is the learning rate of the wrapped optimizer's first group.
+        inner_lr: η; None is the wrapped optimizer's learning rate, that of each param group.
         meta_lr: of α.
         norm: rows h_i are divided by their length ("l2"), by their validation loss ("loss"), or
             not ("none").
@@ -55,7 +55,8 @@ class MOML(MetaMixin, BilevelAggregator):
 
     Note:
         The official code differentiates through the virtual step; for one step the closed form
-        above is the same. LibMTL's default of five inner steps crashes, it splits the training
+        above is the same. Several steps would need second derivatives and are left out. LibMTL's
+        default of five inner steps crashes, it splits the training
         batch instead of using validation data, and its extra forwards move BatchNorm's statistics;
         here there is one inner step, on the closures given, and buffers are put back.
 
@@ -96,18 +97,18 @@ class MOML(MetaMixin, BilevelAggregator):
     def step(self, evaluations: Evaluations) -> Tensor:
         """One step of α; returns `softmax(α) [T]`, or the gradient `[P]` of both batches."""
         assert self.alpha is not None
-        eta = self.inner_rate(self.inner_lr)
+        eta = evaluations.learning_rates() if self.inner_lr is None else self.inner_lr
         train = evaluations.jacobian()
         p = self.alpha.softmax(0)
         with evaluations.moved(-eta * (p.to(train) @ train)):
-            validation = evaluations.jacobian("validation")
+            validation = eta * evaluations.jacobian("validation")
             values = evaluations.losses("validation") if self.norm == "loss" else None
         if values is not None and not bool((values > 0).all()):
             raise ValueError(
                 "'moml' with norm='loss' needs positive validation losses, found "
                 f"{values.tolist()}; add an offset or use norm='l2'"
             )
-        gradient = moml(self.alpha, cross_gramian(validation, train), eta, self.norm, values)
+        gradient = moml(self.alpha, cross_gramian(validation, train), self.norm, values)
         if bool(gradient.any()):
             self.train_alpha(gradient)
         p = self.alpha.softmax(0)
@@ -116,27 +117,24 @@ class MOML(MetaMixin, BilevelAggregator):
         return 0.5 * (p.to(train) @ train + evaluations.gradient(p, "validation"))
 
 
-def moml(
-    alpha: Tensor,
-    products: Tensor,
-    inner_lr: float,
-    norm: str = "l2",
-    values: Tensor | None = None,
-) -> Tensor:
+def moml(alpha: Tensor, products: Tensor, norm: str = "l2", values: Tensor | None = None) -> Tensor:
     """The common descent direction `Hᵀw` of all validation losses, in α.
 
     Args:
         alpha: `α [T]`.
-        products: `[T, T]`, `⟨∇F_i(θ'), ∇f_k(θ)⟩`.
-        inner_lr: η.
+        products: `[T, T]`, `η⟨∇F_i(θ'), ∇f_k(θ)⟩`.
         norm: see `MOML`.
         values: `F(θ') [T]`, for norm="loss".
 
     Returns:
-        `[T]`, the gradient for α; zero where every row of H is.
+        `[T]`, the gradient for α; zero where every row of H is, up to the products' rounding.
     """
     wide = products.detach().double()
-    h = -inner_lr * wide @ softmax_jacobian(alpha.to(wide))
+    p = alpha.to(wide).softmax(0)
+    # Rows of −S times the products; where training gradients count alike, nothing but rounding.
+    gaps = wide - (wide @ p)[:, None]
+    gaps = gaps.where(gaps.abs() > 1e-12 * wide.abs().amax(1, keepdim=True), 0.0)
+    h = -p * gaps
     if norm == "l2":
         lengths = torch.linalg.vector_norm(h, dim=1, keepdim=True)
         h = h / torch.where(lengths > 0, lengths, 1.0)

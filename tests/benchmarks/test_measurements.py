@@ -14,6 +14,8 @@ from benchmarks.jacobians import FAMILIES, SCALES, hard_jacobian
 from benchmarks.residuals import RESIDUALS, worst_residuals
 from benchmarks.speed.engines import COLUMNS, measure
 from benchmarks.speed.models import MODELS
+from benchmarks.speed.scaling import METHODS as SCALING
+from benchmarks.speed.scaling import measure as measure_scaling
 from benchmarks.speed.solvers import measure_against_floor, measure_against_torchjd
 
 
@@ -130,6 +132,26 @@ def test_speed_solvers_measures_both_ratios():
         assert three.ratio > 0
 
 
+def test_speed_scaling_counts_the_passes_of_a_step():
+    rows = [*measure_scaling([2, 5], rounds=1)]
+    assert [(r.n_tasks, r.method) for r in rows] == [(t, m) for t in (2, 5) for m in SCALING]
+    passes = {(r.method, r.n_tasks): (r.backwards, r.forwards) for r in rows}
+    for n_tasks in (2, 5):
+        assert passes["mgda", n_tasks] == (n_tasks, 1)
+        assert passes["marigold central", n_tasks] == (1, 3)
+        for method in ("marigold forward", "marigold free", "famo"):
+            assert passes[method, n_tasks] == (1, 2)
+    assert all(r.ratio > 0 for r in rows)
+
+
+def test_speed_scaling_prints_both_tables():
+    done = run("speed", "scaling", "--tasks", "2,3", "--rounds", "1")
+    assert done.exit_code == 0
+    for method in SCALING:
+        assert done.output.count(f"│ {method} ") == 2
+    assert "3 + 1" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,6 +160,7 @@ def test_speed_solvers_measures_both_ratios():
         (["speed", "engines", "--tasks", "a"], "`--tasks` must be numbers from 2 on, found 'a'"),
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "scaling", "--rounds", "0"], "must be positive, found 0"),
         (["residuals", "--jacobians", "0"], "must be at least 1, found 0"),
         (["residuals", "--by", "row"], "`--by` must be family or scale, found 'row'"),
     ],
