@@ -86,6 +86,8 @@ class Balancer:
         tasks: their names, from the first step on.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
         n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
+        unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
+            until the step is taken.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Balancer:
         self._graph_seen = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
+        self.unobserved: tuple[Tensor, list[int]] | None = None
 
     def backward(self, call: BackwardCall) -> bool:
         """Puts the balanced gradients into `.grad` of the parameters.
@@ -136,6 +139,25 @@ class Balancer:
             self.tasks = before
             raise
 
+    def observe(self) -> None:
+        """Hands the last losses on to the aggregator, now that the step is taken; only once."""
+        if self.unobserved is None:
+            return
+        values, present = self.unobserved
+        everyone = len(present) == len(values)
+        self.aggregator.observe(values, None if everyone else present)
+        self.unobserved = None
+
+    def found_late(self) -> Tensor:
+        """`[T]`: the last losses as the aggregator sees them; where those are finite and a weight
+        is not, the weight."""
+        assert self.unobserved is not None
+        values = self.unobserved[0]
+        if self.weights is None:
+            return values
+        spoiled = values.isfinite().all() & ~self.weights.isfinite()
+        return torch.where(spoiled, self.weights.to(values), values)
+
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
         self._pending = None
@@ -150,6 +172,7 @@ class Balancer:
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
             "columns": None if self._columns is None else list(self._columns),
+            "unobserved": self.unobserved and [_copy(self.unobserved[0]), self.unobserved[1]],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,6 +184,10 @@ class Balancer:
         self.n_steps = state["steps"]
         self.n_dropped = dict(state["dropped"])
         self._columns = None if state["columns"] is None else list(state["columns"])
+        self.unobserved = None
+        if state["unobserved"] is not None:
+            values, present = state["unobserved"]
+            self.unobserved = values.detach().clone(), list(present)
         self.give_up_pending()
 
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
@@ -567,6 +594,8 @@ class Balancer:
         apart = weights is not None and head_weights is not weights
         self.head_weights = head_weights.detach().to(device) if apart else None
         self.gramian, self.losses = g, losses
+        present = [i for i in range(len(losses)) if i not in absent]
+        self.unobserved = self._pending.values, present
         for i in absent:
             name = self.tasks[i]
             self.n_dropped[name] = self.n_dropped.get(name, 0) + 1

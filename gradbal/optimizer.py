@@ -105,6 +105,11 @@ class MultiTaskOptimizer(Optimizer):
         self.aggregator = _make_aggregator(aggregator, aggregator_kwargs)
         _check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
         _check_fit(self.aggregator, heads, update_every, match_sum)
+        if loss_transform == "log" and self.aggregator.logarithmic:
+            raise ValueError(
+                f"loss_transform must be None for {self.aggregator.name!r}, which takes the "
+                "logarithms of the losses itself, found 'log'"
+            )
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -269,8 +274,7 @@ class MultiTaskOptimizer(Optimizer):
             self._n_skipped += 1
             self._spoiled, self._skip_step = accumulate, True
         elif scale is None and device.type != "cpu" and self.gramian is None and not accumulate:
-            assert self.losses is not None
-            self._late = LateCheck(self.losses, batch.names)
+            self._late = LateCheck(balancer.found_late(), batch.names)
 
     def step(
         self,
@@ -294,16 +298,21 @@ class MultiTaskOptimizer(Optimizer):
             self._check_late()
             if self._skip_step:
                 return None
+            self._balancer.observe()
             return self.optimizer.step()
         losses, first = self._evaluate(closure)
         if self._skip_step:
             return losses
+        # Before the closure is asked again, so that it is always the same objective.
+        self._balancer.observe()
         answers = [first]
 
         def again() -> Tensor:
             return answers.pop() if answers else self._evaluate(closure)[1]
 
         self.optimizer.step(again)  # type: ignore[arg-type]
+        # What it evaluated on its way were no steps.
+        self._balancer.unobserved = None
         return losses
 
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
@@ -479,7 +488,7 @@ class MultiTaskOptimizer(Optimizer):
         late, self._late = self._late, None
         bad = [] if late is None else late.bad()
         if bad and self._balancer.nonfinite == "raise":
-            raise NonFiniteError("losses", bad)
+            raise NonFiniteError("losses and their weights", bad)
         if bad:
             self._n_skipped += 1
             self._skip_step = True

@@ -348,6 +348,25 @@ METHODS = [
 """What any model with two losses can be trained with."""
 
 
+def accepts(aggregator: str, *losses: float) -> bool:
+    """Whether a method has weights for these losses."""
+    made = gradbal.create(aggregator)
+    try:
+        if isinstance(made, gradbal.Scalarizer):
+            made.loss_weights(torch.tensor(losses))
+    except ValueError:
+        return False
+    return True
+
+
+def takes(aggregator: str, **options: Any) -> bool:
+    """Whether a method can serve these options of `MultiTaskOptimizer`."""
+    made = gradbal.create(aggregator)
+    if options.get("loss_transform") == "log":
+        return not made.logarithmic and accepts(aggregator, -1.0, 1.0)
+    return True
+
+
 def fits(aggregator: str, model: str, heads: str | None) -> bool:
     """Whether a method can train a model of the zoo with this rule for heads."""
     made = gradbal.create(aggregator)

@@ -31,7 +31,9 @@ __all__ = [
     "RandomMixin",
     "Scalarizer",
     "as_weights",
+    "finite_numbers",
     "in_range",
+    "integer",
     "one_of",
     "preference",
     "relative_cutoff",
@@ -123,6 +125,21 @@ def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Ar
     return p
 
 
+def finite_numbers(name: str, value: Any) -> Array:
+    """A vector of finite numbers of any sign, at least one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
+        raise ValueError(f"`{name}` must be a sequence of finite numbers, found {value!r}")
+    return found
+
+
 def in_range(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, bounds: str = "[]"
 ) -> None:
@@ -139,6 +156,18 @@ def in_range(
     if not (above and below):
         end = bounds[1] if high < math.inf else ")"
         raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
+
+
+def integer(name: str, value: Any, low: int = 0) -> None:
+    """Checks a hyperparameter: an integer from `low` on.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below `low`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, found {value!r}")
+    in_range(name, value, low)
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -167,6 +196,8 @@ class Aggregator(ABC):
     per_task_state: ClassVar[bool] = False
     """Whether state or hyperparameters belong to single tasks; then the abstract method also takes
     `tasks`, the indices of the tasks that take part when some sit a step out."""
+    logarithmic: ClassVar[bool] = False
+    """Whether the method takes the losses' logarithms itself, so that it must not get those."""
     unsaved: ClassVar[tuple[str, ...]] = ("generator",)
     """Constructor arguments that are objects rather than data, and not part of a checkpoint."""
     learning_rate: float | None = None
@@ -205,6 +236,20 @@ class Aggregator(ABC):
 
     def end_epoch(self) -> None:  # noqa: B027
         """Called by the user at the end of an epoch; for methods that count epochs."""
+
+    def observe(  # noqa: B027
+        self, losses: Tensor, tasks: Sequence[int] | None = None
+    ) -> None:
+        """Called once for every step that is taken, right before it; for methods that remember.
+
+        Nothing is called for a step that is left out, or that a `GradScaler` skips. It must not
+        read from an accelerator, and an error must come before anything is changed.
+
+        Args:
+            losses: `[T]`, detached, as the method sees them, of the `backward` before the step.
+            tasks: indices of the tasks that took part; None for all. The losses of the others may
+                be anything.
+        """
 
     def update(self, losses: Tensor) -> None:  # noqa: B027
         """Called with the losses after the step, `[T]`; for methods that look again."""
@@ -332,8 +377,12 @@ class Scalarizer(Aggregator):
 
     category = "scalarizer"
     promises = Promises(heads="weighted")
-    linear: ClassVar[bool] = False
-    """Whether the weights do not depend on the losses, so that micro-batches simply add up."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the next step's weights do not depend on its losses, so that micro-batches simply
+        add up."""
+        return False
 
     @abstractmethod
     def scalarize(self, losses: Tensor) -> Tensor:
@@ -363,10 +412,13 @@ class Scalarizer(Aggregator):
         return w
 
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
-        """`d = Jᵀw [P]`, for comparison with the other kinds; `losses` default to ones."""
+        """`d = Jᵀw [P]` and a step of the state, for comparison with the other kinds; `losses`
+        default to ones."""
         if losses is None:
             losses = torch.ones(len(jacobian), dtype=torch.float64, device=jacobian.device)
-        return combine(self.loss_weights(losses), jacobian)
+        w = self.loss_weights(losses)
+        self.observe(losses.detach())
+        return combine(w, jacobian)
 
 
 class GramianAggregator(Aggregator):
