@@ -6,7 +6,8 @@ the norms of the rows in question and to the size of the terms that cancel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -289,6 +290,35 @@ def _uw(name: str, jacobian: Tensor) -> float:
     return float((w / (0.5 * torch.exp(-s)) - 1).abs().max())
 
 
+def _with_losses(
+    name: str,
+    jacobian: Tensor,
+    wanted: Callable[[Array], Array],
+    earlier: Sequence[Array] = (),
+    **hyperparameters: Any,
+) -> float:
+    """d against the rows with the weights that losses between 0.01 and 100 should have."""
+    l = np.geomspace(0.01, 100, len(jacobian))
+    method = gradbal.create(name, **hyperparameters)
+    for losses in earlier:
+        method.observe(torch.from_numpy(losses))
+    d = method.direction(jacobian, torch.from_numpy(l)).numpy()  # type: ignore[attr-defined]
+    j, w = jacobian.numpy(), wanted(l)
+    size = np.abs(w) @ np.linalg.norm(j, axis=1)
+    return float(np.linalg.norm(d - w @ j) / size)
+
+
+def _dwa(name: str, jacobian: Tensor) -> float:
+    """`w_i = T/Σ_j exp((r_j − r_i)/τ)`, r the ratios of two epochs' losses."""
+    last = np.linspace(0.5, 3, len(jacobian))
+    r = last / last[::-1]
+
+    def wanted(l: Array) -> Array:
+        return np.asarray(len(l) / np.exp((r[None] - r[:, None]) / 2).sum(1))
+
+    return _with_losses(name, jacobian, wanted, [last[::-1].copy(), last], window=1)
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -316,6 +346,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "imtl_l": _imtl_l,
     "modo": _modo,
     "sdmgrad": _sdmgrad,
+    "dwa": _dwa,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

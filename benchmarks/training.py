@@ -78,6 +78,11 @@ class Learner:
         optimizer.step()
         return losses
 
+    def end_epoch(self) -> None:
+        """Tell the method, if it is one that counts epochs."""
+        if isinstance(self.optimizer, MultiTaskOptimizer):
+            self.optimizer.end_epoch()
+
     def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
         features = self.model.features(batch.inputs)
         outputs = self.model.outputs(features)
@@ -108,6 +113,7 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     learner.model.train()
+    steps_per_epoch = math.ceil(len(split) / settings.batch_size)
     for number, batch in enumerate(batches(split, settings, seed), start=1):
         losses = learner.step(batch)
         for task, loss in zip(learner.tasks, losses, strict=True):
@@ -115,6 +121,8 @@ def train(
                 raise FloatingPointError(
                     f"losses must be finite, found {loss.item()} for {task.name} in step {number}"
                 )
+        if number % steps_per_epoch == 0:
+            learner.end_epoch()
         after_step()
 
 
