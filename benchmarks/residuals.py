@@ -319,6 +319,11 @@ def _dwa(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, wanted, [last[::-1].copy(), last], window=1)
 
 
+def _gls(name: str, jacobian: Tensor) -> float:
+    """`w_i = (Π ℓ_j)^{1/T}/(T ℓ_i)`, from the product itself."""
+    return _with_losses(name, jacobian, lambda l: np.prod(l) ** (1 / len(l)) / len(l) / l)
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -347,6 +352,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "modo": _modo,
     "sdmgrad": _sdmgrad,
     "dwa": _dwa,
+    "gls": _gls,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 
