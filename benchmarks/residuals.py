@@ -324,6 +324,17 @@ def _gls(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, lambda l: np.prod(l) ** (1 / len(l)) / len(l) / l)
 
 
+def _stch(name: str, jacobian: Tensor) -> float:
+    """`w_i = T (ℓ_i/N_i)^{1/μ}/(ℓ_i Σ_j (ℓ_j/N_j)^{1/μ})` for μ = ½ after a step of warm-up."""
+    nadir = np.linspace(0.5, 3, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        powers = (l / nadir) ** 2
+        return np.asarray(len(l) * powers / powers.sum() / l)
+
+    return _with_losses(name, jacobian, wanted, [nadir], mu=0.5, warmup_steps=1)
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -353,6 +364,7 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "sdmgrad": _sdmgrad,
     "dwa": _dwa,
     "gls": _gls,
+    "stch": _stch,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 
