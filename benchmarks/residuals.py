@@ -335,6 +335,28 @@ def _stch(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, wanted, [nadir], mu=0.5, warmup_steps=1)
 
 
+def _stch_scalar(name: str, jacobian: Tensor) -> float:
+    """`w_i = p_i/Σ_j exp((y_j − y_i)/μ)`, `y = p(ℓ − z)`, for p, z and μ of its own."""
+    p, z = np.linspace(0.1, 1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        y = p * (l - z)
+        return np.asarray(p / np.exp((y[None] - y[:, None]) / 20).sum(1))
+
+    return _with_losses(name, jacobian, wanted, mu=20.0, pref=p.tolist(), ideal=z.tolist())
+
+
+def _tchebycheff(name: str, jacobian: Tensor) -> float:
+    """`w_i = ρ p_i`, and p_i more for the one with the largest `p_i(ℓ_i − z_i)`."""
+    p, z = np.linspace(1, 0.1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        y = p * (l - z)
+        return np.asarray(np.where(y == y.max(), 1.1, 0.1) * p)
+
+    return _with_losses(name, jacobian, wanted, augment=0.1, pref=p.tolist(), ideal=z.tolist())
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -365,6 +387,8 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "dwa": _dwa,
     "gls": _gls,
     "stch": _stch,
+    "stch_scalar": _stch_scalar,
+    "tchebycheff": _tchebycheff,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 
