@@ -357,6 +357,30 @@ def _tchebycheff(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, wanted, augment=0.1, pref=p.tolist(), ideal=z.tolist())
 
 
+def _pbi(name: str, jacobian: Tensor) -> float:
+    """`w = r̂ + θ (f − ⟨f, r̂⟩r̂)/d_2`, with d_2 from the least squares of f on r."""
+    r, z = np.linspace(1, 0.1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        factor, square = np.linalg.lstsq(r[:, None], l - z, rcond=None)[:2]
+        off = (l - z - factor * r) / np.sqrt(square)
+        return np.asarray(r / np.linalg.norm(r) + 5 * off)
+
+    return _with_losses(name, jacobian, wanted, pref=r.tolist(), ideal=z.tolist())
+
+
+def _cosmos(name: str, jacobian: Tensor) -> float:
+    """`w = r − (λ/|ℓ|)(r̂ − cos(r, ℓ) ℓ̂)`."""
+    r = np.linspace(1, 0.1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        size = np.linalg.norm(l)
+        towards, along = r / np.linalg.norm(r), l / size
+        return np.asarray(r - 2 / size * (towards - (towards @ along) * along))
+
+    return _with_losses(name, jacobian, wanted, pref=r.tolist())
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -389,6 +413,8 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "stch": _stch,
     "stch_scalar": _stch_scalar,
     "tchebycheff": _tchebycheff,
+    "pbi": _pbi,
+    "cosmos": _cosmos,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 
