@@ -381,6 +381,20 @@ def _cosmos(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, wanted, pref=r.tolist())
 
 
+def _init_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/L_i`, L the mean of two steps' losses."""
+    first = np.linspace(0.5, 3, len(jacobian))
+    mean = (first + first[::-1]) / 2
+    earlier = [first, first[::-1].copy(), 9 * first]
+    return _with_losses(name, jacobian, lambda l: 1 / mean, earlier, warmup=2)
+
+
+def _prior_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/L_i`, the L that it was given."""
+    prior = np.linspace(0.5, 3, len(jacobian))
+    return _with_losses(name, jacobian, lambda l: 1 / prior, prior=prior.tolist())
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -415,6 +429,8 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "tchebycheff": _tchebycheff,
     "pbi": _pbi,
     "cosmos": _cosmos,
+    "init_loss_inverse": _init_loss_inverse,
+    "prior_loss_inverse": _prior_loss_inverse,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

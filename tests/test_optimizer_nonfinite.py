@@ -192,6 +192,13 @@ def test_drop_of_every_loss_is_a_skip(aggregator: str) -> None:
             {"kind": ["regression", "regression", "classification"]},
             {"kind": ["regression", "classification"]},
         ),
+        ("gls", {"weights": [1.0, 5.0, 2.0]}, {"weights": [1.0, 2.0]}),
+        ("tchebycheff", {"ideal": [9.0, 5.0, 1.0]}, {"ideal": [9.0, 1.0]}),
+        ("stch_scalar", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("pbi", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("cosmos", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("init_loss_inverse", {"initial": [9.0, 5.0, 1.0]}, {"initial": [9.0, 1.0]}),
+        ("prior_loss_inverse", {"prior": [9.0, 5.0, 1.0]}, {"prior": [9.0, 1.0]}),
     ],
 )
 def test_drop_keeps_the_others_own_hyperparameters(aggregator: str, keywords, left) -> None:
