@@ -395,6 +395,25 @@ def _prior_loss_inverse(name: str, jacobian: Tensor) -> float:
     return _with_losses(name, jacobian, lambda l: 1 / prior, prior=prior.tolist())
 
 
+def _realtime_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/m_i`, m the average of the losses and the ones before, with β = ¼."""
+    before = np.linspace(0.5, 3, len(jacobian))
+    return _with_losses(name, jacobian, lambda l: 4 / (before + 3 * l), [before], ema=0.25)
+
+
+def _generalized_mean(name: str, jacobian: Tensor) -> float:
+    """`w_i = (ℓ_i/L)^{γ−1}/T`, L from the powers themselves, for γ from −2 to 3."""
+    worst = 0.0
+    for gamma in (-2.0, 0.5, 1.0, 3.0):
+
+        def wanted(l: Array, gamma: float = gamma) -> Array:
+            mean = (l**gamma).mean() ** (1 / gamma)
+            return np.asarray((l / mean) ** (gamma - 1) / len(l))
+
+        worst = max(worst, _with_losses(name, jacobian, wanted, gamma=gamma))
+    return worst
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -431,6 +450,8 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "cosmos": _cosmos,
     "init_loss_inverse": _init_loss_inverse,
     "prior_loss_inverse": _prior_loss_inverse,
+    "realtime_loss_inverse": _realtime_loss_inverse,
+    "generalized_mean": _generalized_mean,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 
