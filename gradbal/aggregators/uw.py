@@ -52,6 +52,13 @@ class UW(LearnedMixin, Scalarizer):
     Raises:
         ValueError: an argument out of range, or as many kinds as tasks are not given.
 
+    Note:
+        The forms that are in use, all to be had here: the paper's, and Nash-MTL's code, is the
+        default, with `lr=0.025` in the latter. LibMTL has `init=-0.5`, Auto-Lambda `init=-0.7`,
+        both the Gaussian form for every task, classification too, and the optimizer's decay, which
+        is `weight_decay` here. The code of Aligned-MTL has `Σ e^{−s_i} ℓ_i + ½ s_i`, which is
+        `kind="classification"`.
+
     Example:
         >>> import torch
         >>> UW().loss_weights(torch.tensor([1.0, 5.0]))
