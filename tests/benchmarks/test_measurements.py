@@ -8,6 +8,7 @@ import gradbal
 from benchmarks.cli import app
 from benchmarks.residuals import RESIDUALS, random_jacobian, worst_residuals
 from benchmarks.speed.engines import COLUMNS, measure
+from benchmarks.speed.methods import PLAIN, drivable
 from benchmarks.speed.models import MODELS
 from benchmarks.speed.solvers import measure_against_floor, measure_against_torchjd
 
@@ -69,6 +70,22 @@ def test_speed_solvers_measures_both_ratios():
     assert [(r.method, r.n_tasks) for r in rows] == [("mgda", 3)]
 
 
+def test_speed_methods_measures_what_backward_alone_can_drive():
+    names = drivable(3)
+    # One kind after the other, and none that needs more than the losses.
+    kinds = [gradbal.info(name).kind for name in names]
+    assert kinds == sorted(kinds, key=lambda kind: kind != "scalarizer")
+    assert {"sum", "gls", "upgrad"} <= set(names)
+    assert not {"mgda_ub", "modo", "sdmgrad"} & set(names)
+    done = run("speed", "methods", "--methods", "upgrad,sum", "--rounds", "1", "--tasks", "2")
+    assert done.exit_code == 0
+    rows = ((PLAIN, "itself"), ("upgrad", "gramian"), ("sum", "scalarizer"))
+    for name, kind in rows:
+        (line,) = [line for line in done.output.splitlines() if f"│ {name} " in line]
+        assert kind in line
+        assert float(line.split("│")[3]) > 0.2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -77,6 +94,8 @@ def test_speed_solvers_measures_both_ratios():
         (["speed", "engines", "--tasks", "a"], "`--tasks` must be numbers from 2 on, found 'a'"),
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "methods", "--tasks", "1"], "`--tasks` must be at least 2"),
+        (["speed", "methods", "--methods", "sum,mgda_ub"], "found 'mgda_ub'"),
         (["residuals", "--jacobians", "0"], "must be at least 1, found 0"),
     ],
 )
