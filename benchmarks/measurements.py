@@ -150,6 +150,47 @@ def scaling(
     )
 
 
+@speed.command(name="methods")
+def methods_command(
+    chosen: Annotated[
+        str | None, typer.Option("--methods", help="Comma-separated; all if left out.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="T.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+) -> None:
+    """`backward` with each method against `sum(losses).backward()`, on a small network."""
+    from benchmarks.speed.methods import drivable, measure
+
+    if tasks < 2 or rounds < 1 or threads < 1:
+        _stop(
+            BadInput(
+                "`--tasks` must be at least 2, `--rounds` and `--threads` positive, found "
+                f"{tasks}, {rounds}, {threads}"
+            )
+        )
+    known = drivable(tasks)
+    names = known if chosen is None else chosen.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        _stop(BadInput(f"`--methods` must be among {', '.join(known)}, found {unknown[0]!r}"))
+    console = Console(highlight=False)
+    table = Table(title="CPU time of backward over sum(losses).backward() (median ratio)")
+    table.add_column("method")
+    table.add_column("kind")
+    table.add_column("ratio", justify="right")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(names) + 1)
+        for row in measure(names, rounds, tasks, threads=threads):
+            table.add_row(row.method, row.kind, f"{row.ratio:.3f}")
+            progress.advance(task)
+    console.print(table)
+    console.print(
+        f"{rounds} interleaved rounds, {threads} thread(s), T = {tasks}, six convolutions with "
+        "BatchNorm."
+    )
+
+
 def _counts(tasks: str) -> list[int]:
     counts = [int(t) if t.strip().isdigit() else 0 for t in tasks.split(",")]
     if min(counts) < 2:

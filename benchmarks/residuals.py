@@ -10,7 +10,7 @@ Jacobian; a NaN that a method returns counts as inf.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -589,6 +589,130 @@ def _relative_gap(found: Array, wanted: Array, size: float) -> float:
     return gap / size if gap > 0 else 0.0
 
 
+def _with_losses(
+    name: str,
+    jacobian: Tensor,
+    wanted: Callable[[Array], Array],
+    earlier: Sequence[Array] = (),
+    **hyperparameters: Any,
+) -> float:
+    """d against the rows with the weights that losses between 0.01 and 100 should have."""
+    l = np.geomspace(0.01, 100, len(jacobian))
+    method = gradbal.create(name, **hyperparameters)
+    for losses in earlier:
+        method.observe(torch.from_numpy(losses))
+    d = method.direction(jacobian, torch.from_numpy(l)).numpy()  # type: ignore[attr-defined]
+    j, w = jacobian.numpy(), wanted(l)
+    size = np.abs(w) @ np.linalg.norm(j, axis=1)
+    return float(np.linalg.norm(d - w @ j) / size)
+
+
+def _dwa(name: str, jacobian: Tensor) -> float:
+    """`w_i = T/Σ_j exp((r_j − r_i)/τ)`, r the ratios of two epochs' losses."""
+    last = np.linspace(0.5, 3, len(jacobian))
+    r = last / last[::-1]
+
+    def wanted(l: Array) -> Array:
+        return np.asarray(len(l) / np.exp((r[None] - r[:, None]) / 2).sum(1))
+
+    return _with_losses(name, jacobian, wanted, [last[::-1].copy(), last], window=1)
+
+
+def _gls(name: str, jacobian: Tensor) -> float:
+    """`w_i = (Π ℓ_j)^{1/T}/(T ℓ_i)`, from the product itself."""
+    return _with_losses(name, jacobian, lambda l: np.prod(l) ** (1 / len(l)) / len(l) / l)
+
+
+def _stch(name: str, jacobian: Tensor) -> float:
+    """`w_i = T (ℓ_i/N_i)^{1/μ}/(ℓ_i Σ_j (ℓ_j/N_j)^{1/μ})` for μ = ½ after a step of warm-up."""
+    nadir = np.linspace(0.5, 3, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        powers = (l / nadir) ** 2
+        return np.asarray(len(l) * powers / powers.sum() / l)
+
+    return _with_losses(name, jacobian, wanted, [nadir], mu=0.5, warmup_steps=1)
+
+
+def _stch_scalar(name: str, jacobian: Tensor) -> float:
+    """`w_i = p_i/Σ_j exp((y_j − y_i)/μ)`, `y = p(ℓ − z)`, for p, z and μ of its own."""
+    p, z = np.linspace(0.1, 1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        y = p * (l - z)
+        return np.asarray(p / np.exp((y[None] - y[:, None]) / 20).sum(1))
+
+    return _with_losses(name, jacobian, wanted, mu=20.0, pref=p.tolist(), ideal=z.tolist())
+
+
+def _tchebycheff(name: str, jacobian: Tensor) -> float:
+    """`w_i = ρ p_i`, and p_i more for the one with the largest `p_i(ℓ_i − z_i)`."""
+    p, z = np.linspace(1, 0.1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        y = p * (l - z)
+        return np.asarray(np.where(y == y.max(), 1.1, 0.1) * p)
+
+    return _with_losses(name, jacobian, wanted, augment=0.1, pref=p.tolist(), ideal=z.tolist())
+
+
+def _pbi(name: str, jacobian: Tensor) -> float:
+    """`w = r̂ + θ (f − ⟨f, r̂⟩r̂)/d_2`, with d_2 from the least squares of f on r."""
+    r, z = np.linspace(1, 0.1, len(jacobian)), np.linspace(-1, 1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        factor, square = np.linalg.lstsq(r[:, None], l - z, rcond=None)[:2]
+        off = (l - z - factor * r) / np.sqrt(square)
+        return np.asarray(r / np.linalg.norm(r) + 5 * off)
+
+    return _with_losses(name, jacobian, wanted, pref=r.tolist(), ideal=z.tolist())
+
+
+def _cosmos(name: str, jacobian: Tensor) -> float:
+    """`w = r − (λ/|ℓ|)(r̂ − cos(r, ℓ) ℓ̂)`."""
+    r = np.linspace(1, 0.1, len(jacobian))
+
+    def wanted(l: Array) -> Array:
+        size = np.linalg.norm(l)
+        towards, along = r / np.linalg.norm(r), l / size
+        return np.asarray(r - 2 / size * (towards - (towards @ along) * along))
+
+    return _with_losses(name, jacobian, wanted, pref=r.tolist())
+
+
+def _init_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/L_i`, L the mean of two steps' losses."""
+    first = np.linspace(0.5, 3, len(jacobian))
+    mean = (first + first[::-1]) / 2
+    earlier = [first, first[::-1].copy(), 9 * first]
+    return _with_losses(name, jacobian, lambda l: 1 / mean, earlier, warmup=2)
+
+
+def _prior_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/L_i`, the L that it was given."""
+    prior = np.linspace(0.5, 3, len(jacobian))
+    return _with_losses(name, jacobian, lambda l: 1 / prior, prior=prior.tolist())
+
+
+def _realtime_loss_inverse(name: str, jacobian: Tensor) -> float:
+    """`w_i = 1/m_i`, m the average of the losses and the ones before, with β = ¼."""
+    before = np.linspace(0.5, 3, len(jacobian))
+    return _with_losses(name, jacobian, lambda l: 4 / (before + 3 * l), [before], ema=0.25)
+
+
+def _generalized_mean(name: str, jacobian: Tensor) -> float:
+    """`w_i = (ℓ_i/L)^{γ−1}/T`, L from the powers themselves, for γ from −2 to 3."""
+    worst = 0.0
+    for gamma in (-2.0, 0.5, 1.0, 3.0):
+
+        def wanted(l: Array, gamma: float = gamma) -> Array:
+            mean = (l**gamma).mean() ** (1 / gamma)
+            return np.asarray((l / mean) ** (gamma - 1) / len(l))
+
+        worst = max(worst, _with_losses(name, jacobian, wanted, gamma=gamma))
+    return worst
+
+
 RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "mean": _combination(lambda j: j.mean(0)),
     "sum": _combination(lambda j: j.sum(0)),
@@ -628,6 +752,17 @@ RESIDUALS: dict[str, Callable[[str, Tensor], float]] = {
     "excess_mtl": _excess_mtl,
     "db_mtl": _db_mtl,
     "m_config": _m_config,
+    "dwa": _dwa,
+    "gls": _gls,
+    "stch": _stch,
+    "stch_scalar": _stch_scalar,
+    "tchebycheff": _tchebycheff,
+    "pbi": _pbi,
+    "cosmos": _cosmos,
+    "init_loss_inverse": _init_loss_inverse,
+    "prior_loss_inverse": _prior_loss_inverse,
+    "realtime_loss_inverse": _realtime_loss_inverse,
+    "generalized_mean": _generalized_mean,
 }
 """For each method the residual of its own optimality condition; 0 is exact."""
 

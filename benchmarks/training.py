@@ -104,6 +104,11 @@ class Learner:
         optimizer.step()
         return losses
 
+    def end_epoch(self) -> None:
+        """Tell the method, if it is one that counts epochs."""
+        if isinstance(self.optimizer, MultiTaskOptimizer):
+            self.optimizer.end_epoch()
+
     def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
         features = self.model.features(batch.inputs)
         outputs = self.model.outputs(features)
@@ -159,11 +164,9 @@ def train(
                 raise FloatingPointError(
                     f"losses must be finite, found {loss.item()} for {task.name} in step {number}"
                 )
+        if number % steps_per_epoch(settings) == 0:
+            learner.end_epoch()
         after_step()
-        if number % steps_per_epoch(settings) == 0 and isinstance(
-            learner.optimizer, MultiTaskOptimizer
-        ):
-            learner.optimizer.end_epoch()
 
 
 @torch.no_grad()

@@ -88,6 +88,8 @@ class Balancer:
         tasks: their names, from the first step on.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
         n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
+        unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
+            until the step is taken.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Balancer:
         self._graph_seen = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
+        self.unobserved: tuple[Tensor, list[int]] | None = None
 
     def backward(self, call: BackwardCall) -> bool:
         """Puts the balanced gradients into `.grad` of the parameters.
@@ -148,6 +151,25 @@ class Balancer:
         self._gather(batch, batch.values, frozenset())
         self._finish(weights, torch.ones_like(batch.values), None, frozenset())
 
+    def observe(self) -> None:
+        """Hands the last losses on to the aggregator, now that the step is taken; only once."""
+        if self.unobserved is None:
+            return
+        values, present = self.unobserved
+        everyone = len(present) == len(values)
+        self.aggregator.observe(values, None if everyone else present)
+        self.unobserved = None
+
+    def found_late(self) -> Tensor:
+        """`[T]`: the last losses as the aggregator sees them; where those are finite and a weight
+        is not, the weight."""
+        assert self.unobserved is not None
+        values = self.unobserved[0]
+        if self.weights is None:
+            return values
+        spoiled = values.isfinite().all() & ~self.weights.isfinite()
+        return torch.where(spoiled, self.weights.to(values), values)
+
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
         self._pending = None
@@ -162,6 +184,7 @@ class Balancer:
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
             "columns": None if self._columns is None else list(self._columns),
+            "unobserved": self.unobserved and [_copy(self.unobserved[0]), self.unobserved[1]],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +196,10 @@ class Balancer:
         self.n_steps = state["steps"]
         self.n_dropped = dict(state["dropped"])
         self._columns = None if state["columns"] is None else list(state["columns"])
+        self.unobserved = None
+        if state["unobserved"] is not None:
+            values, present = state["unobserved"]
+            self.unobserved = values.detach().clone(), list(present)
         self.give_up_pending()
 
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
@@ -216,6 +243,9 @@ class Balancer:
         if call.accumulate:
             rows.pending = True
             return True
+        if isinstance(self.aggregator, Scalarizer):
+            self._combine_gathered(pending, scale)
+            return True
         self._check_columns()
         found = self._examine(*self._to_host(rows, pending.values, scale), rows, pending, scale)
         if isinstance(found, bool):
@@ -231,6 +261,15 @@ class Balancer:
         self._train_own_weights(pending.values, present, scale)
         self._finish(w, head_weights, found.gramian, found.absent)
         return True
+
+    def _combine_gathered(self, pending: _Pending, scale: Tensor | None) -> None:
+        """What a scalarizer makes of gathered rows: from the losses alone, as in a single pass."""
+        present = [i for i in range(len(pending.values)) if i not in pending.absent]
+        weights = self._single_weights(pending.values, present, refreshes=True)
+        direction = combine(weights[0], self.rows.jacobian)
+        self.rows.deliver(direction, self._head_factors(weights[1], present))
+        self._train_own_weights(pending.values, present, scale)
+        self._finish(*weights, None, pending.absent)
 
     def _waiting(self, n_tasks: int, absent: frozenset[int]) -> frozenset[int]:
         """Tasks whose turn it is not; the first micro-batch of a step decides for all of them."""
@@ -382,12 +421,16 @@ class Balancer:
     def _gain(self, present: list[int]) -> float:
         return float(len(present)) if self.match_sum else 1.0
 
-    def _head_factors(self, head_weights: Tensor, present: list[int]) -> list[float | None]:
+    def _head_factors(
+        self, head_weights: Tensor, present: list[int]
+    ) -> list[float | Tensor | None]:
         """What each task's own gradients are multiplied by; None for tasks that sit out."""
         assert self.tasks is not None
-        factors: list[float | None] = [None] * len(self.tasks)
+        factors: list[float | Tensor | None] = [None] * len(self.tasks)
+        on_host = head_weights.device.type == "cpu"
         for i in present:
-            factors[i] = 1.0 if self.heads == "own" else float(head_weights[i])
+            factor = head_weights[i]
+            factors[i] = 1.0 if self.heads == "own" else float(factor) if on_host else factor
         return factors
 
     def _taking_part(self, present: list[int]) -> dict[str, Any]:
@@ -612,6 +655,8 @@ class Balancer:
         apart = weights is not None and head_weights is not weights
         self.head_weights = upload(head_weights.detach(), device) if apart else None
         self.gramian, self.losses = g, losses
+        present = [i for i in range(len(losses)) if i not in absent]
+        self.unobserved = self._pending.values, present
         for i in absent:
             name = self.tasks[i]
             self.n_dropped[name] = self.n_dropped.get(name, 0) + 1

@@ -62,7 +62,7 @@ class Representation:
         rows: Rows,
         direction: Tensor,
         shared: Sequence[float | None],
-        heads: Sequence[float | None],
+        heads: Sequence[float | Tensor | None],
         retain_graph: bool,
     ) -> None:
         """Sends gradients into `.grad`: through the trunk from z, and as they are past it.

@@ -525,7 +525,7 @@ class Rows:
             state.update(_layout=None, heads=[])
         return state
 
-    def deliver(self, direction: Tensor, head_weights: Sequence[float | None]) -> None:
+    def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
         """Sends the result into `.grad` through AccumulateGrad.
 
         Accumulation, hooks on parameters and DDP's reducer then behave as after an ordinary
@@ -533,8 +533,8 @@ class Rows:
 
         Args:
             direction: `[P]`, for the shared parameters.
-            head_weights: for each task what its other gradients are multiplied by; None leaves
-                them out, 1.0 as they are.
+            head_weights: for each task what its other gradients are multiplied by, a number or a
+                0-dim tensor on the device; None leaves them out, 1.0 as they are.
         """
         layout = self._current
         chosen = [layout.parameters[k] for k in layout.shared]
@@ -547,8 +547,10 @@ class Rows:
             if weight is None or not head:
                 continue
             parts = list(head.values())
-            if weight != 1.0:
-                # Not in place: autograd may return one tensor for two parameters.
+            # Not in place: autograd may return one tensor for two parameters.
+            if isinstance(weight, Tensor):
+                parts = [part * weight.to(part.dtype) for part in parts]
+            elif weight != 1.0:
                 parts = list(torch._foreach_mul(parts, weight))
             targets.extend(layout.parameters[k] for k in head)
             grads.extend(parts)

@@ -292,8 +292,7 @@ class MultiTaskOptimizer(Optimizer):
             and not accumulate
             and not self._drops_from(single_pass)
         ):
-            assert self.losses is not None
-            self._late = LateCheck(self.losses, batch.names)
+            self._late = LateCheck(balancer.found_late(), batch.names)
 
     def step(
         self,
@@ -323,6 +322,7 @@ class MultiTaskOptimizer(Optimizer):
             self._check_late()
             if self._skip_step:
                 return None
+            self._balancer.observe()
             return self.optimizer.step()
         train = Closure(closure, self._devices())
         if isinstance(aggregator, BilevelAggregator):
@@ -331,6 +331,8 @@ class MultiTaskOptimizer(Optimizer):
         losses, first = self._evaluate(train)
         if self._skip_step:
             return losses
+        # Before the closure is asked again, so that it is always the same objective.
+        self._balancer.observe()
         # Steps that use weights again (update_every) have nothing to learn from.
         renewed = (self._balancer.n_steps - 1) % self._balancer.update_every == 0
         looking = aggregator if isinstance(aggregator, ClosureAggregator) and renewed else None
@@ -342,6 +344,8 @@ class MultiTaskOptimizer(Optimizer):
             return answers.pop() if answers else self._evaluate(train)[1]
 
         self.optimizer.step(again)  # type: ignore[arg-type]
+        # What it evaluated on its way were no steps.
+        self._balancer.unobserved = None
         if looking is not None and looking.looks_after:
             looking.update(read_values(train.again(grad=False), self._balancer.tasks))
         return losses
@@ -612,7 +616,7 @@ class MultiTaskOptimizer(Optimizer):
         late, self._late = self._late, None
         bad = [] if late is None else late.bad()
         if bad and self._balancer.nonfinite == "raise":
-            raise NonFiniteError("losses", bad)
+            raise NonFiniteError("losses and their weights", bad)
         if bad:
             self._n_skipped += 1
             self._skip_step = True

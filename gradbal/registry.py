@@ -193,8 +193,8 @@ def list_aggregators(filter: str = "*") -> list[str]:
 
     Example:
         >>> import gradbal
-        >>> gradbal.list_aggregators("*grad")
-        ['cagrad', 'fairgrad', 'pcgrad', 'upgrad']
+        >>> gradbal.list_aggregators("[cu]*grad")
+        ['cagrad', 'upgrad']
     """
     return sorted(fnmatch.filter(_REGISTRY, filter))
 

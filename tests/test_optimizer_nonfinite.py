@@ -133,7 +133,8 @@ def test_drop_is_the_run_without_the_task(aggregator: str, where: str, form, hea
 
 @pytest.mark.parametrize("aggregator", [*METHODS, "largest_entries"])
 def test_a_dropped_task_comes_back(aggregator: str) -> None:
-    model, opt = fresh(aggregator, nonfinite="drop")
+    # Its own gradient, whatever its weight.
+    model, opt = fresh(aggregator, nonfinite="drop", heads="own")
     for bad in (True, True, False):
         opt.zero_grad()
         losses = model.losses(model.batch())
@@ -191,6 +192,13 @@ def test_drop_of_every_loss_is_a_skip(aggregator: str) -> None:
             {"kind": ["regression", "regression", "classification"]},
             {"kind": ["regression", "classification"]},
         ),
+        ("gls", {"weights": [1.0, 5.0, 2.0]}, {"weights": [1.0, 2.0]}),
+        ("tchebycheff", {"ideal": [9.0, 5.0, 1.0]}, {"ideal": [9.0, 1.0]}),
+        ("stch_scalar", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("pbi", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("cosmos", {"pref": [9.0, 5.0, 1.0]}, {"pref": [9.0, 1.0]}),
+        ("init_loss_inverse", {"initial": [9.0, 5.0, 1.0]}, {"initial": [9.0, 1.0]}),
+        ("prior_loss_inverse", {"prior": [9.0, 5.0, 1.0]}, {"prior": [9.0, 1.0]}),
     ],
 )
 def test_drop_keeps_the_others_own_hyperparameters(aggregator: str, keywords, left) -> None:

@@ -351,10 +351,23 @@ METHODS = [
 """What any model with two losses can be trained with."""
 
 
+def accepts(aggregator: str, *losses: float) -> bool:
+    """Whether a method has weights for these losses."""
+    made = gradbal.create(aggregator)
+    try:
+        if isinstance(made, gradbal.Scalarizer):
+            made.loss_weights(torch.tensor(losses))
+    except ValueError:
+        return False
+    return True
+
+
 def takes(aggregator: str, **options: Any) -> bool:
     """Whether a method can serve these options of `MultiTaskOptimizer`."""
     made = gradbal.create(aggregator)
-    if options.get("loss_transform") == "log" and made.logarithmic:
+    if options.get("loss_transform") == "log" and (
+        made.logarithmic or not accepts(aggregator, -1.0, 1.0)
+    ):
         return False
     if isinstance(made, gradbal.JacobianAggregator):
         if options.get("heads") == "weighted" and not made.weighted:

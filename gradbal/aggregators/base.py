@@ -35,6 +35,7 @@ __all__ = [
     "RandomMixin",
     "Scalarizer",
     "as_weights",
+    "finite_numbers",
     "in_range",
     "integer",
     "one_of",
@@ -130,6 +131,21 @@ def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Ar
     if not (np.isfinite(p).all() and (p >= 0).all()):
         raise ValueError(f"`{name}` must be non-negative and finite, found {p.tolist()}")
     return p
+
+
+def finite_numbers(name: str, value: Any) -> Array:
+    """A vector of finite numbers of any sign, at least one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.zeros(0)
+    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
+        raise ValueError(f"`{name}` must be a sequence of finite numbers, found {value!r}")
+    return found
 
 
 def in_range(
@@ -231,6 +247,20 @@ class Aggregator(ABC):
 
     def end_epoch(self) -> None:  # noqa: B027
         """Called by the user at the end of an epoch; for methods that count epochs."""
+
+    def observe(  # noqa: B027
+        self, losses: Tensor, tasks: Sequence[int] | None = None
+    ) -> None:
+        """Called once for every step that is taken, right before it; for methods that remember.
+
+        Nothing is called for a step that is left out, or that a `GradScaler` skips. It must not
+        read from an accelerator, and an error must come before anything is changed.
+
+        Args:
+            losses: `[T]`, detached, as the method sees them, of the `backward` before the step.
+            tasks: indices of the tasks that took part; None for all. The losses of the others may
+                be anything.
+        """
 
     def update(self, losses: Tensor) -> None:  # noqa: B027
         """Called with the losses after the step, `[T]`; for methods that look again."""
@@ -358,8 +388,12 @@ class Scalarizer(Aggregator):
 
     category = "scalarizer"
     promises = Promises(heads="weighted")
-    linear: ClassVar[bool] = False
-    """Whether the weights do not depend on the losses, so that micro-batches simply add up."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the next step's weights do not depend on its losses, so that micro-batches simply
+        add up."""
+        return False
 
     @abstractmethod
     def scalarize(self, losses: Tensor) -> Tensor:
@@ -390,10 +424,13 @@ class Scalarizer(Aggregator):
         return w
 
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:
-        """`d = Jᵀw [P]`, for comparison with the other kinds; `losses` default to ones."""
+        """`d = Jᵀw [P]` and a step of the state, for comparison with the other kinds; `losses`
+        default to ones."""
         if losses is None:
             losses = torch.ones(len(jacobian), dtype=torch.float64, device=jacobian.device)
-        return combine(self.loss_weights(losses), jacobian)
+        w = self.loss_weights(losses)
+        self.observe(losses.detach())
+        return combine(w, jacobian)
 
 
 class GramianAggregator(Aggregator):
@@ -449,7 +486,10 @@ class GramianAggregator(Aggregator):
         g = gramian(jacobian).cpu()
         if wants_exact(g, jacobian):
             g = gramian(jacobian, exact=True).cpu()
-        return combine(self.weights(g, losses), jacobian)
+        w = self.weights(g, losses)
+        if losses is not None:
+            self.observe(losses.detach())
+        return combine(w, jacobian)
 
 
 class JacobianAggregator(Aggregator):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import Scalarizer, as_weights
+from gradbal.aggregators._scalar import check_length
+from gradbal.aggregators.base import Scalarizer, as_weights, finite_numbers
 from gradbal.registry import Promises, register
-from gradbal.solvers import Array
 
 __all__ = ["Constant", "constant"]
 
@@ -47,7 +46,7 @@ class Constant(Scalarizer):
     per_task_state = True
 
     def __init__(self, weights: Sequence[float] | None = None) -> None:
-        self.weights = None if weights is None else _checked(weights).tolist()
+        self.weights = None if weights is None else finite_numbers("weights", weights).tolist()
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
         """Checks that there are T weights.
@@ -55,11 +54,7 @@ class Constant(Scalarizer):
         Raises:
             ValueError: there are not.
         """
-        if self.weights is not None and len(self.weights) != n_tasks:
-            raise ValueError(
-                f"`weights` must have one entry for each of {n_tasks} tasks, "
-                f"found {len(self.weights)}"
-            )
+        check_length("weights", self.weights, n_tasks)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """`Σ w_i ℓ_i` from losses `[T]`.
@@ -82,13 +77,3 @@ class Constant(Scalarizer):
 def constant(losses: Tensor, w: Sequence[float]) -> Tensor:
     """`Σ w_i ℓ_i` from losses `[T]` and as many weights: 0-dim."""
     return (as_weights(np.asarray(w), losses) * losses).sum()
-
-
-def _checked(w: Any) -> Array:
-    try:
-        found = np.asarray(w, dtype=np.float64)
-    except (TypeError, ValueError):
-        found = np.zeros(0)
-    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
-        raise ValueError(f"`weights` must be a sequence of finite numbers, found {w!r}")
-    return found

@@ -149,6 +149,10 @@ class CRMOGM(GramianAggregator):
         """Passed on."""
         self.inner.update(losses)
 
+    def observe(self, losses: Tensor, tasks: Sequence[int] | None = None) -> None:
+        """Passed on."""
+        self.inner.observe(losses, tasks)
+
     def reset(self) -> None:
         """No average, and the method inside as at first."""
         self._forget()

@@ -54,10 +54,11 @@ class UW(LearnedMixin, Scalarizer):
         ValueError: an argument out of range, or as many kinds as tasks are not given.
 
     Note:
-        LibMTL starts s at -0.5, has a_i = ½ for classification too, and gives s the model's weight
-        decay, which pulls it to zero; SamsungLabs has a_i = 1 for every task, auto-lambda starts at
-        -0.7, and nash-mtl at 0 with a_i = ½. gradbal starts at 0 with a_i by `kind`, and s has a
-        param group of its own without decay.
+        LibMTL starts s at -0.5 (`init=-0.5`), has a_i = ½ for classification too, and gives s the
+        model's weight decay, which pulls it to zero (`weight_decay` here); SamsungLabs has a_i = 1
+        for every task (`kind="classification"`), auto-lambda starts at -0.7, and nash-mtl at 0 with
+        a_i = ½ and `lr=0.025`. gradbal starts at 0 with a_i by `kind`, and s has a param group of
+        its own without decay.
 
     Example:
         >>> import torch

@@ -167,7 +167,9 @@ def test_all_rows_zero_give_zero(name, n_tasks):
     aggregator = make(name)
     assert not aggregator.direction(torch.zeros(n_tasks, 6)).any()
     w = weights_of(aggregator, torch.zeros(n_tasks, 6))
-    assert w is None or (w.isfinite().all() and (w > 0).all())
+    assert w is None or w.isfinite().all()
+    # The weights of a scalarizer are what its losses make them.
+    assert w is None or gradbal.info(name).kind == "scalarizer" or (w > 0).all()
 
 
 @promising("zero_rows_inactive")

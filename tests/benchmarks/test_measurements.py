@@ -13,6 +13,7 @@ from benchmarks.cli import app
 from benchmarks.jacobians import FAMILIES, SCALES, hard_jacobian
 from benchmarks.residuals import RESIDUALS, worst_residuals
 from benchmarks.speed.engines import COLUMNS, measure
+from benchmarks.speed.methods import PLAIN, drivable
 from benchmarks.speed.models import MODELS
 from benchmarks.speed.scaling import METHODS as SCALING
 from benchmarks.speed.scaling import measure as measure_scaling
@@ -152,6 +153,22 @@ def test_speed_scaling_prints_both_tables():
     assert "3 + 1" in done.output
 
 
+def test_speed_methods_measures_what_backward_alone_can_drive():
+    names = drivable(3)
+    # One kind after the other, and none that needs more than the losses.
+    kinds = [gradbal.info(name).kind for name in names]
+    assert kinds == sorted(kinds, key=lambda kind: kind != "scalarizer")
+    assert {"sum", "gls", "upgrad"} <= set(names)
+    assert not {"mgda_ub", "modo", "sdmgrad"} & set(names)
+    done = run("speed", "methods", "--methods", "upgrad,sum", "--rounds", "1", "--tasks", "2")
+    assert done.exit_code == 0
+    rows = ((PLAIN, "itself"), ("upgrad", "gramian"), ("sum", "scalarizer"))
+    for name, kind in rows:
+        (line,) = [line for line in done.output.splitlines() if f"│ {name} " in line]
+        assert kind in line
+        assert float(line.split("│")[3]) > 0.2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +178,8 @@ def test_speed_scaling_prints_both_tables():
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "scaling", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "methods", "--tasks", "1"], "`--tasks` must be at least 2"),
+        (["speed", "methods", "--methods", "sum,mgda_ub"], "found 'mgda_ub'"),
         (["residuals", "--jacobians", "0"], "must be at least 1, found 0"),
         (["residuals", "--by", "row"], "`--by` must be family or scale, found 'row'"),
     ],

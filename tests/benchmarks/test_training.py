@@ -67,6 +67,20 @@ def test_the_sum_method_trains_like_plain_pytorch():
     )
 
 
+def test_methods_that_count_epochs_are_told():
+    settings = replace(SETTINGS, batch_size=16, epochs=3)
+    learner = _learner("dwa")
+    seen = []
+
+    def after_step():
+        method = learner.optimizer.aggregator
+        seen.append((method.epoch, method.steps))
+
+    train(learner, SPLITS, settings, 0, after_step)
+    assert seen == [(e + s // 3, s % 3) for e in range(3) for s in (1, 2, 3)]
+    train(_learner(None), SPLITS, settings, 0, lambda: None)
+
+
 def test_a_loss_that_is_not_finite_stops_the_training():
     tasks = (replace(TINY.tasks[0], loss=lambda output, target: output.sum() * math.nan),)
     learner = _learner(None, tasks=tasks)
