@@ -11,24 +11,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbal._balancer import BackwardCall, Balancer
+from gradbal._checks import (
+    check_call,
+    check_closures,
+    check_fit,
+    check_options,
+    check_positive,
+    check_shared,
+    check_tasks,
+    make_aggregator,
+)
 from gradbal._closures import Closure, Evaluations, read_values
-from gradbal._losses import Losses, Names, read_losses
+from gradbal._losses import Losses, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
     Aggregator,
     BilevelAggregator,
     ClosureAggregator,
-    DoubleSamplingAggregator,
-    GramianAggregator,
-    JacobianAggregator,
     Scalarizer,
-    one_of,
 )
-from gradbal.registry import create, near_misses
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
-_ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 _FORMAT = 1
 
 
@@ -105,9 +109,9 @@ class MultiTaskOptimizer(Optimizer):
             )
         if not any(group["params"] for group in optimizer.param_groups):
             raise ValueError("`optimizer` must have at least one parameter, found none")
-        self.aggregator = _make_aggregator(aggregator, aggregator_kwargs)
-        _check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
-        _check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
+        self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
+        check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
+        check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -123,7 +127,7 @@ class MultiTaskOptimizer(Optimizer):
         self._balancer = Balancer(
             self.aggregator,
             heads=heads or self.aggregator.promises.heads,
-            shared_params=_check_shared(shared_params, optimizer),
+            shared_params=check_shared(shared_params, optimizer),
             update_every=update_every,
             loss_transform=loss_transform,
             nonfinite=nonfinite,
@@ -248,14 +252,14 @@ class MultiTaskOptimizer(Optimizer):
                 has changed, except that pending gradients are given up if it was a gradient.
         """
         balancer = self._balancer
-        self._check_call(features, independent, accumulate)
+        check_call(self.aggregator, features, independent, accumulate, self._in_closure)
         batch = read_losses(losses, balancer.tasks)
         others = tuple(read_losses(l, batch.names) for l in independent)
         device = batch.values.device
         if balancer.loss_transform == "log" and device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
             for each in (batch, *others):
-                _check_positive(each)
+                check_positive(each)
         parameters = self._trained()
         single_pass = not balancer.needs_jacobian(accumulate)
         scale = absent = None
@@ -317,7 +321,7 @@ class MultiTaskOptimizer(Optimizer):
             ValueError: the method needs a closure that is not there, or has no use for one that is.
         """
         aggregator = self.aggregator
-        self._check_closures(closure, val_closure)
+        check_closures(aggregator, closure, val_closure)
         if closure is None:
             self._check_late()
             if self._skip_step:
@@ -438,7 +442,7 @@ class MultiTaskOptimizer(Optimizer):
         if mine["format"] != _FORMAT:
             raise ValueError(f"the checkpoint's format must be {_FORMAT}, found {mine['format']}")
         self.aggregator.check_state_dict(mine["aggregator"])
-        _check_tasks(self._balancer.tasks, mine["balancer"]["tasks"])
+        check_tasks(self._balancer.tasks, mine["balancer"]["tasks"])
         before = self.aggregator.state_dict()
         self.aggregator.load_state_dict(mine["aggregator"])
         device = self.optimizer.param_groups[0]["params"][0].device
@@ -473,82 +477,6 @@ class MultiTaskOptimizer(Optimizer):
                     f"parameters must be real, found {p.dtype}; train torch.view_as_real of it"
                 )
         return trained
-
-    def _check_call(self, features: Any, independent: Sequence[Any], accumulate: bool) -> None:
-        """Whether the method gets what it consumes, and nothing that it does not."""
-        aggregator, name = self.aggregator, self.aggregator.name
-        if isinstance(aggregator, BilevelAggregator):
-            raise ValueError(
-                f"{name!r} looks at validation losses: call step(closure, val_closure), found a "
-                "call of `backward`"
-            )
-        if (
-            isinstance(aggregator, ClosureAggregator)
-            and aggregator.looks_around
-            and not self._in_closure
-        ):
-            raise ValueError(
-                f"{name!r} evaluates the losses at other points: call step(closure), found a call "
-                "of `backward`"
-            )
-        if features is None and aggregator.needs_features:
-            raise ValueError(
-                f"{name!r} works on gradients at a representation: call "
-                "backward(losses, features=z), found no `features`"
-            )
-        if features is not None:
-            if not (aggregator.needs_features or isinstance(aggregator, GramianAggregator)):
-                raise ValueError(f"{name!r} takes no `features`, found some")
-            if not isinstance(features, Tensor):
-                raise TypeError(f"`features` must be a tensor, found {type(features).__name__}")
-            if not features.requires_grad:
-                raise ValueError("`features` must have a graph (requires_grad), found none")
-            if accumulate:
-                raise ValueError(
-                    "`features` cannot be gathered with accumulate=True: their graph would have to "
-                    "stay until the weights are known"
-                )
-        wanted = 1
-        if isinstance(aggregator, DoubleSamplingAggregator):
-            wanted = aggregator.n_batches
-        if len(independent) != wanted - 1:
-            raise ValueError(
-                f"{name!r} takes {wanted} independent batches a step, so `independent` must have "
-                f"{wanted - 1} collections of losses, found {len(independent)}"
-            )
-        if independent and accumulate:
-            raise ValueError("independent batches cannot be gathered with accumulate=True")
-
-    def _check_closures(self, closure: Any, val_closure: Any) -> None:
-        """Whether the method gets the closures that it needs, and no others."""
-        aggregator, name = self.aggregator, self.aggregator.name
-        if isinstance(aggregator, BilevelAggregator):
-            missing = [
-                word
-                for word, given in (("closure", closure), ("val_closure", val_closure))
-                if given is None
-            ]
-            if missing:
-                raise ValueError(
-                    f"{name!r} looks at validation losses: call step(closure, val_closure), found "
-                    f"no {' and no '.join(missing)}"
-                )
-        elif val_closure is not None:
-            raise ValueError(f"{name!r} has no use for a `val_closure`, found one")
-        if (
-            isinstance(aggregator, DoubleSamplingAggregator)
-            and aggregator.n_batches > 1
-            and closure
-        ):
-            raise ValueError(
-                f"{name!r} takes independent batches: call backward(losses, independent=...) and "
-                "step(), found a closure"
-            )
-        if isinstance(aggregator, ClosureAggregator) and aggregator.looks_around and not closure:
-            raise ValueError(
-                f"{name!r} evaluates the losses at other points: call step(closure), found no "
-                "closure"
-            )
 
     def _devices(self) -> list[torch.device]:
         """Where the trained parameters are."""
@@ -653,134 +581,7 @@ def _unchanged_by_errors(aggregator: Aggregator) -> Iterator[None]:
         raise
 
 
-def _check_shared(shared: Iterable[Tensor] | None, optimizer: Optimizer) -> list[Tensor] | None:
-    if shared is None:
-        return None
-    chosen = list(shared)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    strangers = sum(1 for p in chosen if id(p) not in known)
-    if not chosen or strangers:
-        raise ValueError(
-            "`shared_params` must be parameters of the wrapped optimizer, found "
-            + (f"{strangers} of {len(chosen)} that are not" if chosen else "none")
-        )
-    return chosen
-
-
-def _check_tasks(mine: Names | None, theirs: Sequence[str | int] | None) -> None:
-    if mine is not None and theirs is not None and tuple(theirs) != mine:
-        raise ValueError(f"the checkpoint must be of tasks {list(mine)}, found {list(theirs)}")
-
-
-def _check_positive(batch: Losses) -> None:
-    for name, value in zip(batch.names, batch.values.tolist(), strict=True):
-        if value <= 0:
-            raise ValueError(
-                f'loss_transform="log" needs positive losses, found {value:g} for task {name!r}; '
-                "add an offset to that loss"
-            )
-
-
-def _make_aggregator(aggregator: str | Aggregator, kwargs: dict[str, Any]) -> Aggregator:
-    if isinstance(aggregator, str):
-        made = create(aggregator, **kwargs)
-    elif isinstance(aggregator, Aggregator):
-        if kwargs:
-            raise TypeError(
-                "keywords of an aggregator go with its name, found "
-                f"{', '.join(kwargs)} beside an instance"
-            )
-        made = aggregator
-    else:
-        raise TypeError(
-            f"`aggregator` must be a name or an Aggregator, found {type(aggregator).__name__}"
-        )
-    return made
-
-
-def _check_fit(
-    aggregator: Aggregator,
-    heads: Any,
-    update_every: int,
-    match_sum: Any,
-    loss_transform: Any,
-    nonfinite: Any,
-) -> None:
-    """Options that not every method can serve."""
-    name = aggregator.name
-    if isinstance(aggregator, JacobianAggregator):
-        if heads == "weighted" and not aggregator.weighted:
-            raise ValueError(
-                f"heads must be 'own' for {name!r}, which has no weights, found 'weighted'"
-            )
-        if update_every != 1 and not aggregator.combines:
-            raise ValueError(
-                f"update_every must be 1 for {name!r}, which has no weights to use again, "
-                f"found {update_every}"
-            )
-    if loss_transform == "log" and aggregator.logarithmic:
-        raise ValueError(
-            f"loss_transform must be None for {name!r}, which takes the logarithms of the losses "
-            "itself, found 'log'"
-        )
-    if isinstance(aggregator, BilevelAggregator):
-        found = {
-            "heads": heads or "weighted",
-            "update_every": update_every,
-            "loss_transform": loss_transform,
-        }
-        for option, wanted in (
-            ("heads", "weighted"),
-            ("update_every", 1),
-            ("loss_transform", None),
-        ):
-            if found[option] != wanted:
-                raise ValueError(
-                    f"{option} must be {wanted!r} for {name!r}, which weights losses of all "
-                    f"parameters alike at every step, found {found[option]!r}"
-                )
-        if nonfinite == "drop":
-            raise ValueError(f"nonfinite must be 'raise' or 'skip' for {name!r}, found 'drop'")
-    elif (
-        isinstance(aggregator, ClosureAggregator)
-        and isinstance(aggregator, Scalarizer)
-        and loss_transform is not None
-    ):
-        raise ValueError(
-            f"loss_transform must be None for {name!r}, which compares losses from one evaluation "
-            f"to the next, found {loss_transform!r}"
-        )
-    one_of("match_sum", match_sum, (False, True))
-    gain = aggregator.promises.gain
-    if match_sum and (
-        gain is None or len({gain(aggregator, t, n) for t in (2, 3) for n in (1, 2)}) > 1
-    ):
-        raise ValueError(
-            f"match_sum must be False for {name!r}, whose gradient has a scale of its own, "
-            "found True"
-        )
-
-
 def _learning_rate(optimizer: Optimizer) -> float | None:
     lr = optimizer.param_groups[0].get("lr")
     # Reading a tensor from an accelerator would wait for it.
     return None if lr is None or (isinstance(lr, Tensor) and lr.device.type != "cpu") else float(lr)
-
-
-def _check_options(
-    heads: Any, jacobian: Any, update_every: Any, loss_transform: Any, nonfinite: Any, group: Any
-) -> None:
-    one_of("heads", heads, (None, "own", "weighted"))
-    if jacobian not in _ENGINES:
-        raise ValueError(
-            f"`jacobian` must be one of {', '.join(map(repr, _ENGINES))}, found {jacobian!r}"
-            f"{near_misses(jacobian, list(_ENGINES))}"
-        )
-    if jacobian not in ("auto", "loop"):
-        raise NotImplementedError(f'`jacobian="{jacobian}"` is not there yet; use "loop"')
-    if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
-        raise ValueError(f"`update_every` must be a positive integer, found {update_every!r}")
-    one_of("loss_transform", loss_transform, (None, "log"))
-    one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
-    if group is not None:
-        raise NotImplementedError("`process_group` (several processes) is not there yet")

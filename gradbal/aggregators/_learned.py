@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.aggregators.base import in_range
+from gradbal.aggregators._arguments import in_range
 
 __all__ = ["LearnedMixin"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import precise
-from gradbal.aggregators.base import as_weights
 
 __all__ = ["EpochsMixin", "MeansMixin"]
 

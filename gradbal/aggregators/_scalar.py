@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import as_weights, finite_numbers, preference
+from gradbal.aggregators._arguments import finite_numbers, preference
+from gradbal.aggregators._gramians import as_weights
 
 __all__ = [
     "ReferenceMixin",

@@ -8,14 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    PreferenceMixin,
-    in_range,
-    one_of,
-    relative_cutoff,
-    solve_active,
-)
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import relative_cutoff, solve_active
+from gradbal.aggregators._mixins import PreferenceMixin
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, graded_eigh
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradbal._closures import length
+from gradbal.aggregators._arguments import in_range, one_of
 from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
-from gradbal.aggregators.base import BilevelAggregator, in_range, one_of
+from gradbal.aggregators.base import BilevelAggregator
 from gradbal.registry import Promises, register
 
 if TYPE_CHECKING:

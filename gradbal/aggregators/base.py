@@ -7,19 +7,16 @@ parameters, autograd graphs or the optimizer.
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.jacobian import combine, gramian, upload, wants_exact
+from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises
-from gradbal.solvers import ZERO_ROW, Array, Indices, cosine_matrix, positive_part
 
 if TYPE_CHECKING:
     from gradbal._closures import Evaluations
@@ -31,163 +28,8 @@ __all__ = [
     "DoubleSamplingAggregator",
     "GramianAggregator",
     "JacobianAggregator",
-    "PreferenceMixin",
-    "RandomMixin",
     "Scalarizer",
-    "as_weights",
-    "finite_numbers",
-    "in_range",
-    "integer",
-    "one_of",
-    "preference",
-    "relative_cutoff",
-    "solve_active",
-    "symmetric_float64",
 ]
-
-
-def symmetric_float64(gramian: Tensor) -> Array:
-    """The `[T, T]` matrix as a symmetric float64 array on the host, checked.
-
-    Raises:
-        ValueError: not a square matrix, or an entry is not finite.
-    """
-    shape = gramian.shape
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise ValueError(f"a Gramian must have shape [T, T], found {list(shape)}")
-    matrix = gramian.detach().to("cpu", torch.float64).numpy()
-    # The sum of squares is the quicker look, but may overflow.
-    if not (math.isfinite(np.vdot(matrix, matrix)) or np.isfinite(matrix).all()):
-        raise ValueError("a Gramian must be finite, found NaN or inf")
-    return 0.5 * (matrix + matrix.T)  # type: ignore[no-any-return]
-
-
-def as_weights(weights: Array, like: Tensor) -> Tensor:
-    """`weights [T]` as a tensor of the dtype and on the device of `like`."""
-    return upload(torch.from_numpy(np.ascontiguousarray(weights)).to(like.dtype), like.device)
-
-
-def solve_active(
-    gramian: Tensor,
-    neutral: float,
-    solve: Callable[[Array, Array, Indices], Array],
-    zero: float = ZERO_ROW,
-) -> Tensor:
-    """Weights from a problem on the cosine matrix, with one policy for rows that are zero.
-
-    Args:
-        gramian: `[T, T]`.
-        neutral: weight of every task when all rows are zero.
-        solve: takes the cosines `[k, k]`, norms `[k]` and indices `[k]` of the rows that are not
-            zero, and returns their weights `[k]`.
-        zero: a row whose norm is at most this part of the largest is taken as zero.
-
-    Returns:
-        `w [T]`, dtype and device of the Gramian; zero for zero rows.
-    """
-    g = symmetric_float64(gramian)
-    c, n, active = cosine_matrix(g, zero)
-    if len(active) == 0:
-        return as_weights(np.full(len(g), neutral), gramian)
-    if gramian.dtype != torch.float64:
-        c = positive_part(c)
-    if len(active) == len(g):
-        return as_weights(solve(c, n, active), gramian)
-    w = np.zeros(len(g))
-    w[active] = solve(c, n, active)
-    return as_weights(w, gramian)
-
-
-def relative_cutoff(gramian: Tensor) -> float:
-    """The part of the largest eigenvalue up to which one counts as zero.
-
-    1e-12, and `10·T·eps` for a Gramian whose products are not in float64.
-    """
-    if gramian.dtype == torch.float64:
-        return 1e-12
-    return 10 * len(gramian) * torch.finfo(gramian.dtype).eps
-
-
-def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Array:
-    """A vector of non-negative weights, one for each task; `default` everywhere when None.
-
-    Without `n_tasks` the length is left open.
-
-    Raises:
-        ValueError: wrong length, negative or not finite.
-    """
-    if value is None:
-        return np.full(n_tasks or 0, default)
-    try:
-        p = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be a sequence of numbers, found {value!r}") from None
-    if p.ndim != 1:
-        raise ValueError(f"`{name}` must be a sequence of numbers, found {value!r}")
-    if n_tasks is not None and len(p) != n_tasks:
-        raise ValueError(
-            f"`{name}` must have one entry for each of {n_tasks} tasks, found {len(p)}"
-        )
-    if not (np.isfinite(p).all() and (p >= 0).all()):
-        raise ValueError(f"`{name}` must be non-negative and finite, found {p.tolist()}")
-    return p
-
-
-def finite_numbers(name: str, value: Any) -> Array:
-    """A vector of finite numbers of any sign, at least one.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        found = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        found = np.zeros(0)
-    if found.ndim != 1 or len(found) == 0 or not np.isfinite(found).all():
-        raise ValueError(f"`{name}` must be a sequence of finite numbers, found {value!r}")
-    return found
-
-
-def in_range(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, bounds: str = "[]"
-) -> None:
-    """Checks a hyperparameter: a real number between `low` and `high`, `bounds` as in intervals.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: out of range or NaN.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, found {value!r}")
-    above = value >= low if bounds[0] == "[" else value > low
-    below = value <= high if bounds[1] == "]" and high < math.inf else value < high
-    if not (above and below):
-        end = bounds[1] if high < math.inf else ")"
-        raise ValueError(f"`{name}` must be in {bounds[0]}{low:g}, {high:g}{end}, found {value!r}")
-
-
-def integer(name: str, value: Any, low: int = 0) -> None:
-    """Checks a hyperparameter: an integer from `low` on.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: below `low`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, found {value!r}")
-    in_range(name, value, low)
-
-
-def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Checks a hyperparameter that is one of a few values.
-
-    Raises:
-        ValueError: another value; the message lists the choices.
-    """
-    if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-        raise ValueError(
-            f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}"
-        )
 
 
 class Aggregator(ABC):
@@ -311,76 +153,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-class RandomMixin:
-    """For methods that draw: their own generator, which is part of their state."""
-
-    generator: torch.Generator
-    _first_state: Tensor
-
-    def _own(self, generator: torch.Generator | None) -> None:
-        """Keeps `generator`, or a new one seeded from `torch.initial_seed()`."""
-        if generator is None:
-            generator = torch.Generator().manual_seed(torch.initial_seed())
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"`generator` must be a torch.Generator or None, found {generator!r}")
-        elif generator.device.type != "cpu":
-            raise ValueError(
-                "`generator` must be on the CPU, where weights are drawn, "
-                f"found one on {generator.device}"
-            )
-        self.generator = generator
-        self._first_state = generator.get_state()
-
-    def reset(self) -> None:
-        """The generator goes back to where it was when the aggregator was made."""
-        self.generator.set_state(self._first_state)
-
-
-class PreferenceMixin:
-    """For methods with `pref`, a non-negative weight for each task, that goes with its task."""
-
-    per_task_state: ClassVar[bool] = True
-    pref: list[float] | None
-
-    def _prefer(self, pref: Sequence[float] | None) -> None:
-        """Keeps `pref` as plain data, checked but for its length."""
-        self.pref = None if pref is None else preference("pref", pref, None, 0.0).tolist()
-
-    def prepare(self, n_tasks: int, like: Tensor) -> None:
-        """Checks that `pref` has T entries.
-
-        Raises:
-            ValueError: it has not.
-        """
-        preference("pref", self.pref, n_tasks, 0.0)
-
-    @abstractmethod
-    def combination(self, gramian: Tensor, pref: Array) -> Tensor:
-        """`w [T]` from the Gramian `[T, T]` and the preferences `p [T]`."""
-
-    def weights(
-        self,
-        gramian: Tensor,
-        losses: Tensor | None = None,
-        tasks: Sequence[int] | None = None,
-    ) -> Tensor:
-        """`w [T]` from the Gramian `[T, T]`, with preferences of 1/T where none were given.
-
-        Args:
-            gramian: `[T, T]`, or `[k, k]` when `tasks` names the k tasks that take part.
-            losses: not used.
-            tasks: indices of the tasks that take part; None for all.
-
-        Raises:
-            ValueError: `pref` does not have one entry for each task.
-        """
-        pref = self.pref
-        if pref is not None and tasks is not None:
-            pref = [pref[i] for i in tasks]
-        n_tasks = len(gramian)
-        return self.combination(gramian, preference("pref", pref, n_tasks, 1.0 / n_tasks))
 
 
 class Scalarizer(Aggregator):

@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    in_range,
-    one_of,
-    preference,
-    relative_cutoff,
-    solve_active,
-)
+from gradbal.aggregators._arguments import in_range, one_of, preference
+from gradbal.aggregators._gramians import relative_cutoff, solve_active
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, pinv_times
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from gradbal.aggregators._arguments import finite_numbers
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import check_length
-from gradbal.aggregators.base import Scalarizer, as_weights, finite_numbers
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["Constant", "constant"]

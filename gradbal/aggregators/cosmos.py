@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import as_weights
+from gradbal.aggregators._mixins import RandomMixin
 from gradbal.aggregators._scalar import ReferenceMixin, check_length, precise
-from gradbal.aggregators.base import RandomMixin, Scalarizer, as_weights, in_range, one_of
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["COSMOS", "cosmos"]

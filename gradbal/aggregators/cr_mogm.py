@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer, in_range, one_of
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
 from gradbal.registry import Promises, create, register
 from gradbal.solvers import ZERO_ROW
 

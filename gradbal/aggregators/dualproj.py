@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, PreferenceMixin, solve_active
+from gradbal.aggregators._gramians import solve_active
+from gradbal.aggregators._mixins import PreferenceMixin
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, least_norm_above
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, integer
 from gradbal.aggregators._means import EpochsMixin
 from gradbal.aggregators._scalar import check_losses
-from gradbal.aggregators.base import Scalarizer, in_range, integer
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["DWA", "dwa"]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, integer, one_of
 from gradbal.aggregators._row_state import RowStateMixin
-from gradbal.aggregators.base import JacobianAggregator, in_range, integer, one_of
+from gradbal.aggregators.base import JacobianAggregator
 from gradbal.jacobian import combine
 from gradbal.registry import Promises, register
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gradbal.aggregators.base import in_range, solve_active
+from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._gramians import solve_active
 from gradbal.aggregators.nash_mtl import NashMTL
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, fair_newton

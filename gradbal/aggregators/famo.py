@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gradbal.aggregators._adam import Moments, adam_step
-from gradbal.aggregators.base import ClosureAggregator, Scalarizer, in_range, one_of
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators.base import ClosureAggregator, Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["FAMO", "famo"]

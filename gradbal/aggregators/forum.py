@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._gramians import symmetric_float64
 from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
-from gradbal.aggregators.base import BilevelAggregator, in_range, symmetric_float64
+from gradbal.aggregators.base import BilevelAggregator
 from gradbal.aggregators.mgda import mgda
 from gradbal.jacobian import cross_gramian, gramian
 from gradbal.registry import Promises, register

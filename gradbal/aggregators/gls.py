@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, preference
 from gradbal.aggregators._scalar import check_length, check_losses, of_tasks, precise, some_positive
-from gradbal.aggregators.base import Scalarizer, in_range, preference
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["GLS", "gls"]

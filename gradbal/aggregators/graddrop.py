@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import JacobianAggregator, RandomMixin, in_range, one_of, preference
+from gradbal.aggregators._arguments import in_range, one_of, preference
+from gradbal.aggregators._mixins import RandomMixin
+from gradbal.aggregators.base import JacobianAggregator
 from gradbal.jacobian import CHUNK
 from gradbal.registry import Promises, register
 

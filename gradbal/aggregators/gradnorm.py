@@ -9,13 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    in_range,
-    one_of,
-    preference,
-    symmetric_float64,
-)
+from gradbal.aggregators._arguments import in_range, one_of, preference
+from gradbal.aggregators._gramians import symmetric_float64
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 
 __all__ = ["GradNorm", "gradnorm"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, solve_active
+from gradbal.aggregators._gramians import solve_active
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices
 

@@ -11,14 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    RandomMixin,
-    as_weights,
-    in_range,
-    one_of,
-    symmetric_float64,
-)
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import as_weights, symmetric_float64
+from gradbal.aggregators._mixins import RandomMixin
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.aggregators.pcgrad import random_orders
 from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises, register

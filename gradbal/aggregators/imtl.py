@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import one_of
 from gradbal.aggregators._learned import LearnedMixin
-from gradbal.aggregators.base import GramianAggregator, one_of
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.aggregators.imtl_g import imtl_g
 from gradbal.aggregators.imtl_l import imtl_l
 from gradbal.registry import Promises, register

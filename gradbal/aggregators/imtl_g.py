@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, one_of, relative_cutoff, solve_active
+from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._gramians import relative_cutoff, solve_active
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, pinv_times
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import integer
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._means import MeansMixin
 from gradbal.aggregators._scalar import (
     check_length,
@@ -16,7 +18,7 @@ from gradbal.aggregators._scalar import (
     positive_numbers,
     precise,
 )
-from gradbal.aggregators.base import Scalarizer, as_weights, integer
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["InitLossInverse", "init_loss_inverse"]

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, as_weights, integer, symmetric_float64
+from gradbal.aggregators._arguments import integer
+from gradbal.aggregators._gramians import as_weights, symmetric_float64
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 
 __all__ = ["Krum", "krum"]

@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    in_range,
-    one_of,
-    solve_active,
-)
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import solve_active
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import ZERO_ROW, Array, Indices, checked, least_norm
 

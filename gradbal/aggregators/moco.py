@@ -8,14 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import as_weights, symmetric_float64
 from gradbal.aggregators._row_state import RowStateMixin
-from gradbal.aggregators.base import (
-    JacobianAggregator,
-    as_weights,
-    in_range,
-    one_of,
-    symmetric_float64,
-)
+from gradbal.aggregators.base import JacobianAggregator
 from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises, register
 from gradbal.solvers import project_simplex

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._simplex import SimplexStateMixin
-from gradbal.aggregators.base import DoubleSamplingAggregator, as_weights, in_range, one_of
+from gradbal.aggregators.base import DoubleSamplingAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, project_simplex
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range, one_of
 from gradbal.aggregators._meta import MetaMixin
-from gradbal.aggregators.base import BilevelAggregator, in_range, one_of
+from gradbal.aggregators.base import BilevelAggregator
 from gradbal.aggregators.mgda import mgda
 from gradbal.jacobian import cross_gramian
 from gradbal.registry import Promises, register

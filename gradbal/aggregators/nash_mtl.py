@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import GramianAggregator, in_range, solve_active
+from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._gramians import solve_active
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, fair_newton
 

@@ -6,13 +6,10 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    RandomMixin,
-    as_weights,
-    one_of,
-    symmetric_float64,
-)
+from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._gramians import as_weights, symmetric_float64
+from gradbal.aggregators._mixins import RandomMixin
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, active_rows
 

@@ -9,15 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbal.aggregators.base import (
-    GramianAggregator,
-    as_weights,
-    in_range,
-    integer,
-    one_of,
-    solve_active,
-    symmetric_float64,
-)
+from gradbal.aggregators._arguments import in_range, integer, one_of
+from gradbal.aggregators._gramians import as_weights, solve_active, symmetric_float64
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices, checked, cosine_matrix, least_norm_above
 

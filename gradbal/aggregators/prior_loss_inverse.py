@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import one_of
 from gradbal.aggregators._scalar import check_length, of_tasks, positive_numbers, precise
-from gradbal.aggregators.base import Scalarizer, one_of
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["PriorLossInverse", "prior_loss", "prior_loss_inverse"]

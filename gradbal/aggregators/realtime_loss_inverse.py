@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import check_losses, precise
-from gradbal.aggregators.base import Scalarizer, as_weights, in_range
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["RealtimeLossInverse", "realtime_loss_inverse"]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import GramianAggregator, RandomMixin, one_of, solve_active
+from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._gramians import solve_active
+from gradbal.aggregators._mixins import RandomMixin
+from gradbal.aggregators.base import GramianAggregator
 from gradbal.aggregators.rlw import DISTRIBUTIONS, rlw
 from gradbal.registry import Promises, register
 from gradbal.solvers import Array, Indices

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from gradbal.aggregators.base import RandomMixin, Scalarizer, as_weights, one_of
+from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._gramians import as_weights
+from gradbal.aggregators._mixins import RandomMixin
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["DISTRIBUTIONS", "RLW", "rlw"]

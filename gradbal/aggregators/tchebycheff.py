@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gradbal.aggregators._arguments import in_range
 from gradbal.aggregators._scalar import ReferenceMixin, precise
-from gradbal.aggregators.base import Scalarizer, in_range
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["Tchebycheff", "tchebycheff"]

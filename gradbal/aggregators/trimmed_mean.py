@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradbal.aggregators.base import JacobianAggregator, integer
+from gradbal.aggregators._arguments import integer
+from gradbal.aggregators.base import JacobianAggregator
 from gradbal.jacobian import CHUNK
 from gradbal.registry import Promises, register
 

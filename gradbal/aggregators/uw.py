@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._learned import LearnedMixin
-from gradbal.aggregators.base import Scalarizer, as_weights, one_of
+from gradbal.aggregators.base import Scalarizer
 from gradbal.registry import Promises, register
 
 __all__ = ["UW", "uw"]
