@@ -112,18 +112,10 @@ def solvers(
     console.print(f"Median ratios of {rounds} interleaved rounds, one thread, float32.")
 
 
-@speed.command()
-def scaling(
-    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "2,5,10,20,40",
-    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
-) -> None:
+def _print_growth(console: Console, counts: list[int], rounds: int) -> None:
     """Passes and CPU time of a step as tasks are added: MARIGOLD and FAMO beside MGDA."""
     from benchmarks.speed.scaling import METHODS, Row, measure
 
-    counts = _counts(tasks)
-    if rounds < 1:
-        _stop(BadInput(f"`--rounds` must be positive, found {rounds}"))
-    console = Console(highlight=False)
     found: dict[str, list[Row]] = {}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(METHODS) * len(counts))
@@ -158,8 +150,11 @@ def methods_command(
     tasks: Annotated[int, typer.Option(help="T.")] = 3,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    growth: Annotated[
+        str, typer.Option(help="Values of T for the second part, comma-separated; '' for none.")
+    ] = "2,5,10,20,40",
 ) -> None:
-    """`backward` with each method against `sum(losses).backward()`, on a small network."""
+    """`backward` with each method against `sum(losses).backward()`, and steps as T grows."""
     from benchmarks.speed.methods import drivable, measure
 
     if tasks < 2 or rounds < 1 or threads < 1:
@@ -169,6 +164,7 @@ def methods_command(
                 f"{tasks}, {rounds}, {threads}"
             )
         )
+    counts = _counts(growth) if growth else []
     known = drivable(tasks)
     names = known if chosen is None else chosen.split(",")
     unknown = [name for name in names if name not in known]
@@ -189,6 +185,8 @@ def methods_command(
         f"{rounds} interleaved rounds, {threads} thread(s), T = {tasks}, six convolutions with "
         "BatchNorm."
     )
+    if counts:
+        _print_growth(console, counts, rounds)
 
 
 def _counts(tasks: str) -> list[int]:

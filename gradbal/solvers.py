@@ -509,13 +509,14 @@ def fair_newton(c: Array, n: Array, alpha: float, ridge: float) -> Solution:
 def pinv_times(c: Array, b: Array, rtol: float) -> Array:
     """`C⁺b`, C positive semi-definite; eigenvalues ≤ rtol·λ_max are dropped.
 
-    It is the solution of `Cy = b`, which costs less, where the traces show that no eigenvalue is
-    that small: `λ_max ≤ tr C`, `1/λ_min ≤ tr C⁻¹`. The pseudo-inverse itself is never formed: its
-    rounding errors do not cancel.
+    It is the solution of `Cy = b`, which costs less, where the inverse shows that no eigenvalue is
+    that small: `λ_max ≤ tr C`, `1/|λ_min| ≤ |C⁻¹|`, the Frobenius norm. (Its trace would not do:
+    eigenvalues that are rounding errors may be of both signs.) The pseudo-inverse itself is never
+    formed: its rounding errors do not cancel.
     """
     with contextlib.suppress(np.linalg.LinAlgError):
         inverse = np.asarray(np.linalg.inv(c), dtype=np.float64)
-        if 0.0 < float(c.diagonal().sum() * inverse.diagonal().sum()) * rtol < 0.1:
+        if float(c.diagonal().sum()) * math.sqrt(np.vdot(inverse, inverse)) * rtol < 0.1:
             y = inverse @ b
             return np.asarray(y + inverse @ (b - c @ y))
     values, vectors = np.linalg.eigh(c)

@@ -181,6 +181,16 @@ def test_pinv_times(rank):
     np.testing.assert_allclose(pinv_times(c, b, 1e-12), wanted, atol=1e-9)
 
 
+def test_pinv_times_of_eigenvalues_that_are_rounding_of_both_signs():
+    # Two rows and one opposite: 1/λ of the two errors cancels in the trace of the "inverse".
+    v = np.array([1.0, 1.0, -1.0])
+    turned = np.linalg.qr(np.stack([v, [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], 1))[0]
+    for noise in (1e-16, 3e-15):
+        c = turned @ np.diag([3.0, noise, -noise]) @ turned.T
+        c = 0.5 * (c + c.T)
+        np.testing.assert_allclose(pinv_times(c, np.ones(3), 1e-12), v / 9.0, atol=1e-13)
+
+
 def test_pinv_times_solves_nearly_equal_rows():
     # The inverse's entries are 1e10; formed and multiplied, they would leave 1e-6 of a residual.
     c = np.full((5, 5), 1.0 - 1e-10) + 1e-10 * np.eye(5)

@@ -13,9 +13,26 @@ from torch import Tensor
 from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import precise
 
-__all__ = ["EpochsMixin", "MeansMixin"]
+__all__ = ["EpochsMixin", "MeansMixin", "warn_endless"]
 
 _ENDLESS = 10_000
+
+
+def warn_endless(name: str, steps: int, remedy: str) -> None:
+    """Warns, once, that nobody tells a method of the end of its first epoch.
+
+    Args:
+        name: of the method.
+        steps: taken in the first epoch.
+        remedy: what there is instead of `end_epoch()`.
+    """
+    if steps == _ENDLESS:
+        warnings.warn(
+            f"{name!r} changes from epoch to epoch, and end_epoch() was not called in "
+            f"{_ENDLESS:,} steps; call it after every epoch, or use {remedy}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 class MeansMixin:
@@ -89,13 +106,8 @@ class EpochsMixin(MeansMixin):
             remedy: what there is instead of `end_epoch()`, for the warning that nobody calls it.
         """
         self.steps += 1
-        if length is None and self.epoch == 0 and self.steps == _ENDLESS:
-            warnings.warn(
-                f"{self.name!r} changes its weights from epoch to epoch, and end_epoch() was not "
-                f"called in {_ENDLESS:,} steps; call it after every epoch, or use {remedy}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        if length is None and self.epoch == 0:
+            warn_endless(self.name, self.steps, remedy)
         return length is not None and self.steps >= length
 
     def next_epoch(self) -> None:

@@ -128,9 +128,11 @@ def config(gramian: Tensor, a: Array, *, length: str | float = "projection") -> 
         y = pinv_times(c, target, rtol)
         # C C⁺ a is what the range of C has of a; nothing for opposite rows.
         reached = c @ y
-        if reached @ reached <= (100 * rtol) ** 2 * (target @ target):
+        # yᵀCy = aᵀC⁺a, of which the right side has the smaller rounding errors.
+        square = float(y @ target)
+        if square <= 0.0 or reached @ reached <= (100 * rtol) ** 2 * (target @ target):
             return np.zeros_like(n)
-        size = math.sqrt(y @ reached)
+        size = math.sqrt(square)
         if length == "projection":
             total = float(n @ reached) / size
         elif isinstance(length, str):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._arguments import in_range, integer
 from gradbal.aggregators._gramians import symmetric_float64
+from gradbal.aggregators._means import warn_endless
 from gradbal.aggregators._meta import MetaMixin, softmax_jacobian
 from gradbal.aggregators.base import BilevelAggregator
 from gradbal.aggregators.mgda import mgda
@@ -45,17 +46,20 @@ class FORUM(MetaMixin, BilevelAggregator):
     e, `ν = max(0, Σ λ̄_i π_i)`, `π_i = φ − ⟨∇q, ∇F_i⟩/|∇q|²`, and
     `g = Σ λ̄_i ∇F_i + ν∇q`. Its α-part goes to Adam, its ω-part to the wrapped optimizer.
 
-    Call `step(closure, val_closure)`, and `end_epoch()` after each epoch. All trained parameters
-    are taken alike, heads too.
+    Call `step(closure, val_closure)`, and `end_epoch()` after each epoch, or give `window`. All
+    trained parameters are taken alike, heads too.
 
     Args:
         inner_lr: of the K steps; the official runs have 0.1, 0.01 for QM9.
         inner_steps: K ≥ 1.
         phi: φ ≥ 0, how fast the constraint is to fall: `⟨g, ∇q⟩ ≥ φ|∇q|²`.
         meta_lr: of α.
+        window: None, where `end_epoch()` tells the epochs, or the number of steps that takes an
+            epoch's place.
 
     Raises:
         ValueError: an argument out of range.
+        RuntimeWarning: `end_epoch()` was not called in the first 10,000 steps.
 
     Note:
         The official code drops the ½ from the dual problem, adds the constraint
@@ -75,7 +79,7 @@ class FORUM(MetaMixin, BilevelAggregator):
         1.0
     """
 
-    state_names = ("alpha", "moments", "average", "epoch")
+    state_names = ("alpha", "moments", "average", "epoch", "steps")
 
     def __init__(
         self,
@@ -83,18 +87,22 @@ class FORUM(MetaMixin, BilevelAggregator):
         inner_steps: int = 5,
         phi: float = 0.1,
         meta_lr: float = 1e-3,
+        window: int | None = None,
     ) -> None:
         in_range("inner_lr", inner_lr, 0, bounds="(]")
         in_range("phi", phi, 0)
         in_range("meta_lr", meta_lr, 0)
         if isinstance(inner_steps, bool) or not isinstance(inner_steps, int) or inner_steps < 1:
             raise ValueError(f"`inner_steps` must be a positive integer, found {inner_steps!r}")
+        if window is not None:
+            integer("window", window, 1)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.phi = phi
         self.meta_lr = meta_lr
         self.average: Tensor | None = None
-        self.epoch = 0
+        self.epoch = self.steps = 0
+        self.window = window
 
     @property
     def gives_gradient(self) -> bool:
@@ -104,6 +112,7 @@ class FORUM(MetaMixin, BilevelAggregator):
     def end_epoch(self) -> None:
         """The next steps move λ̄ less."""
         self.epoch += 1
+        self.steps = 0
 
     def step(self, evaluations: Evaluations) -> Tensor:
         """One step of α; returns the ω-part of g, `[P]`."""
@@ -128,7 +137,15 @@ class FORUM(MetaMixin, BilevelAggregator):
         self.average = before + kappa * (dual.weights - before)
         nu = max(0.0, float(self.average @ dual.pi))
         self.train_alpha(nu * meta)
+        self._count_step()
         return self.average.to(upper) @ upper + nu * omega
+
+    def _count_step(self) -> None:
+        self.steps += 1
+        if self.window is None and self.epoch == 0:
+            warn_endless(self.name, self.steps, "`window`")
+        if self.steps == self.window:
+            self.end_epoch()
 
     def _inner_losses(
         self, evaluations: Evaluations, p: Tensor, omega: Tensor, values: Tensor
@@ -151,7 +168,7 @@ class FORUM(MetaMixin, BilevelAggregator):
     def reset(self) -> None:
         """α and λ̄ as at first, epoch 0."""
         super().reset()
-        self.average, self.epoch = None, 0
+        self.average, self.epoch, self.steps = None, 0, 0
 
 
 class _Dual(NamedTuple):
@@ -183,10 +200,10 @@ def forum(upper: Tensor, inner: Tensor, size: float, phi: float) -> _Dual:
         return _Dual(mgda(torch.from_numpy(g)), torch.zeros(len(b), dtype=torch.float64))
     pi = phi - b / size
     w = mgda(torch.from_numpy(g)).numpy()
-    if float(w @ pi) > 0.0:
+    if float(w @ pi) > 0.0 and g.any():
         h = g - np.outer(b, b) / size
-        # In units of the rows' own lengths: a row parallel to h has nothing left.
-        n = np.sqrt(np.maximum(np.diagonal(h), 1e-24 * np.maximum(np.diagonal(g), 1e-300)))
+        # In units of the rows' own lengths, of which a row parallel to h has nothing left.
+        n = np.sqrt(np.maximum(np.diagonal(h), 1e-24 * np.diagonal(g).max()))
         y = checked(simplex_qp(h / n[:, None] / n, phi * b / n, 1.0 / n), "FORUM's dual problem")
         w = y / n
         w = w / w.sum()

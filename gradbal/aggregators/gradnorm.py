@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradbal.aggregators._arguments import in_range, one_of, preference
 from gradbal.aggregators._gramians import symmetric_float64
+from gradbal.aggregators._means import warn_endless
 from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
 
@@ -170,6 +171,8 @@ class GradNorm(GramianAggregator):
         new = part if in_first_epoch else part[initial[1, part] == 0]
         initial[:, new] += torch.stack([values, torch.ones_like(values)])[:, torch.isin(part, new)]
         self.initial = initial
+        if in_first_epoch:
+            warn_endless(self.name, int(initial[1].max()), "initial_loss='first'")
         if not in_first_epoch:
             self._adapt(gramian, values / (initial[0] / initial[1])[part], part)
         return w.to(gramian)

@@ -694,3 +694,41 @@ def test_reset_is_a_fresh_start(name: str) -> None:
     assert not torch.equal(found[0], found[1])
     if name == "forum":
         assert opt.aggregator.epoch == 0
+
+
+def _forum(**options):
+    theta = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = MultiTaskOptimizer(torch.optim.SGD([theta], lr=0.01), "forum", **options)
+
+    def losses():
+        return [(theta - 1).square().sum() + 1, (theta + 1).square().sum() + 1]
+
+    return opt, losses
+
+
+def test_forum_counts_epochs_in_windows_of_steps():
+    opt, losses = _forum(window=2)
+    seen = []
+    for _ in range(5):
+        opt.step(losses, losses)
+        seen.append((opt.aggregator.epoch, opt.aggregator.steps))
+    assert seen == [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    with pytest.raises(ValueError, match="`window` must be in"):
+        _forum(window=0)
+
+
+def test_forum_warns_when_no_epoch_ever_ends():
+    opt, losses = _forum()
+    opt.aggregator.steps = 9_998
+    opt.step(losses, losses)
+    with pytest.warns(RuntimeWarning, match=r"'forum'.*end_epoch\(\).*10,000 steps.*`window`"):
+        opt.step(losses, losses)
+
+
+def test_forum_with_a_validation_gradient_that_is_zero():
+    # |λ₁u + νh|² over λ₁ ≤ 1: all the weight on the zero row leaves ν = φ.
+    upper = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    dual = forum(upper, torch.tensor([0.5, 0.0], dtype=torch.float64), 1.0, 0.1)
+    torch.testing.assert_close(dual.weights, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    none = forum(0 * upper, torch.zeros(2, dtype=torch.float64), 1.0, 0.1)
+    assert float(none.weights.sum()) == pytest.approx(1)

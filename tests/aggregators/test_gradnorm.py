@@ -572,3 +572,12 @@ def test_a_layer_that_no_loss_reaches_is_an_error():
     with pytest.raises(ValueError, match="no loss reaches any of the 1"):
         opt.backward(model.losses(batches(1)[0]))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_it_warns_when_the_first_epoch_never_ends():
+    method = gradbal.create("gradnorm", initial_loss="epoch")
+    j = torch.eye(2, dtype=torch.float64)
+    method.direction(j, torch.ones(2))
+    method.initial[1] = 9_999
+    with pytest.warns(RuntimeWarning, match=r"'gradnorm'.*10,000 steps.*initial_loss='first'"):
+        method.direction(j, torch.ones(2))

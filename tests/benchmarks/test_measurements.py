@@ -145,8 +145,8 @@ def test_speed_scaling_counts_the_passes_of_a_step():
     assert all(r.ratio > 0 for r in rows)
 
 
-def test_speed_scaling_prints_both_tables():
-    done = run("speed", "scaling", "--tasks", "2,3", "--rounds", "1")
+def test_speed_methods_prints_what_grows_with_the_tasks():
+    done = run("speed", "methods", "--methods", "sum", "--rounds", "1", "--growth", "2,3")
     assert done.exit_code == 0
     for method in SCALING:
         assert done.output.count(f"│ {method} ") == 2
@@ -160,7 +160,7 @@ def test_speed_methods_measures_what_backward_alone_can_drive():
     assert kinds == sorted(kinds, key=lambda kind: kind != "scalarizer")
     assert {"sum", "gls", "upgrad"} <= set(names)
     assert not {"mgda_ub", "modo", "sdmgrad"} & set(names)
-    done = run("speed", "methods", "--methods", "upgrad,sum", "--rounds", "1", "--tasks", "2")
+    done = run("speed", "methods", "--methods", "upgrad,sum", "--rounds", "1", "--growth", "")
     assert done.exit_code == 0
     rows = ((PLAIN, "itself"), ("upgrad", "gramian"), ("sum", "scalarizer"))
     for name, kind in rows:
@@ -177,7 +177,7 @@ def test_speed_methods_measures_what_backward_alone_can_drive():
         (["speed", "engines", "--tasks", "a"], "`--tasks` must be numbers from 2 on, found 'a'"),
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
-        (["speed", "scaling", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "methods", "--growth", "a"], "must be numbers from 2 on, found 'a'"),
         (["speed", "methods", "--tasks", "1"], "`--tasks` must be at least 2"),
         (["speed", "methods", "--methods", "sum,mgda_ub"], "found 'mgda_ub'"),
         (["residuals", "--jacobians", "0"], "must be at least 1, found 0"),
