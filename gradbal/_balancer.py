@@ -233,7 +233,7 @@ class Balancer:
     def _rows_step(self, call: BackwardCall) -> bool:
         batch, scale, rows = call.batch, call.scale, self.rows
         values, factors = self._transformed(batch)
-        roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+        roots = batch.roots(_scaled(factors, scale))
         n_tasks = len(roots)
         waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting
@@ -371,7 +371,6 @@ class Balancer:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
         aggregator, jacobian = self.aggregator, self.rows.jacobian
-        everyone = len(present) == len(jacobian)
         rows, values = _rows_of(jacobian, present), _rows_of(host.losses, present)
         if isinstance(aggregator, JacobianAggregator):
             plain = rows if scale is None else rows / scale.to(rows)
@@ -386,34 +385,29 @@ class Balancer:
             return direction, weights, heads
         if host.gramian.dim() == 3:
             assert isinstance(aggregator, GramianAggregator)
-            assert aggregator.column_groups(self.rows.shapes) is not None
             g = host.gramian[:, present][:, :, present]
             grouped = aggregator.group_weights(g, values, **self._taking_part(present))
-            widths = aggregator.column_groups(self.rows.shapes)
-            parts = torch.split(rows, widths or [], 1)
+            parts = torch.split(rows, aggregator.column_groups(self.rows.shapes) or [], 1)
             pieces = [combine(w, part) for w, part in zip(grouped, parts, strict=True)]
             return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
         w, head_weights = self._weights(host, present)
-        return combine(w[present] if not everyone else w, rows), w, head_weights
+        return combine(_rows_of(w, present), rows), w, head_weights
 
     def _weights(self, host: HostValues, present: list[int]) -> tuple[Tensor, Tensor]:
         """Weights and head weights `[T]`, float64 on the host, the same object where the same."""
         aggregator, n_tasks = self.aggregator, len(host.losses)
-        everyone = len(present) == n_tasks
-        values = host.losses if everyone else host.losses[present]
-        g = host.gramian if everyone else host.gramian[present][:, present]
+        values = _rows_of(host.losses, present)
+        g = host.gramian if len(present) == n_tasks else host.gramian[present][:, present]
         taking_part = self._taking_part(present)
         if isinstance(aggregator, GramianAggregator):
             found = aggregator.weights(g, values, **taking_part).double()
             found_heads = aggregator.head_weights(found, g).double()
-        elif isinstance(aggregator, DoubleSamplingAggregator):
-            found = found_heads = aggregator.step(g, **taking_part).double()
         else:
-            assert isinstance(aggregator, Scalarizer)
-            found = found_heads = aggregator.loss_weights(values, **taking_part).double()
+            assert isinstance(aggregator, DoubleSamplingAggregator)
+            found = found_heads = aggregator.step(g, **taking_part).double()
         gain = self._gain(present)
         if found_heads is found and gain == 1.0:
-            w = found if everyone else _spread(found, values, present, n_tasks)
+            w = found if len(present) == n_tasks else _spread(found, values, present, n_tasks)
             return w, w
         w = _spread(found * gain, values, present, n_tasks)
         return w, _spread(found_heads, values, present, n_tasks)
@@ -446,7 +440,7 @@ class Balancer:
         assert call.features is not None
         batch, scale, aggregator = call.batch, call.scale, self.aggregator
         values, factors = self._transformed(batch)
-        roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+        roots = batch.roots(_scaled(factors, scale))
         view = Representation(call.features, [root for root, _ in roots], call.parameters)
         rows = Rows([call.features])
         rows.take(
@@ -470,7 +464,7 @@ class Balancer:
             w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
         else:
             w, head_weights = self._weights(found.host, present)
-            direction = combine(w[present], _rows_of(rows.jacobian, present))
+            direction = combine(_rows_of(w, present), _rows_of(rows.jacobian, present))
         factors_of = self._head_factors(head_weights, present)
         shared = [None if f is None else 1.0 for f in factors_of]
         if w is not None:
@@ -484,7 +478,7 @@ class Balancer:
         assert isinstance(self.aggregator, GramianAggregator)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
-        roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+        roots = batch.roots(_scaled(factors, scale))
         probed = self.aggregator.probed_parameters() or []
         rows = Rows(probed)
         rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
@@ -508,7 +502,7 @@ class Balancer:
         norms = []
         for batch in batches:
             values, factors = self._transformed(batch)
-            roots = batch.roots(factors if scale is None else factors * scale.to(factors))
+            roots = batch.roots(_scaled(factors, scale))
             rows = Rows(self.shared_params)
             rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
             if gathered and rows.shared != gathered[0].shared:
@@ -532,7 +526,7 @@ class Balancer:
         present = found.present
         w, head_weights = self._weights(host, present)
         first.mix(gathered, aggregator.shares, aggregator.head_shares)
-        direction = combine(w[present], _rows_of(first.jacobian, present))
+        direction = combine(_rows_of(w, present), _rows_of(first.jacobian, present))
         first.deliver(direction, self._head_factors(head_weights, present))
         self._finish(w, head_weights, None, found.absent)
         return True
@@ -566,8 +560,7 @@ class Balancer:
     ) -> None:
         """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
         batch, parameters, absent = call.batch, call.parameters, call.absent
-        if call.scale is not None:
-            factors = factors * call.scale.to(factors)
+        factors = _scaled(factors, call.scale)
         present = [i for i in range(len(batch.names)) if i not in absent]
         device, dtype = factors.device, factors.dtype
         w, head_weights = (_only(upload(v, device).to(dtype), present) for v in weights)
@@ -685,6 +678,10 @@ def _spread(values: Tensor | None, like: Tensor, present: list[int], size: int =
     if values is not None:
         result[present] = values.detach().double().cpu()
     return result
+
+
+def _scaled(factors: Tensor, scale: Tensor | None) -> Tensor:
+    return factors if scale is None else factors * scale.to(factors)
 
 
 def _unscaled(g: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks of hyperparameters: what is required, and what was found."""
+"""Checks of hyperparameters and T: what is required, and what was found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from gradbal.solvers import Array
 
-__all__ = ["finite_numbers", "in_range", "integer", "one_of", "preference"]
+__all__ = ["finite_numbers", "in_range", "integer", "one_of", "preference", "same_tasks"]
 
 
 def preference(name: str, value: Any, n_tasks: int | None, default: float) -> Array:
@@ -92,3 +92,13 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}"
         )
+
+
+def same_tasks(name: str, known: int, n_tasks: int) -> None:
+    """Checks that a method meets as many tasks as it has state for; 0 where it has none yet.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if known not in (0, n_tasks):
+        raise ValueError(f"`{name}` has {known} tasks, found {n_tasks}")

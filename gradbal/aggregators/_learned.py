@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._arguments import in_range, same_tasks
 
 __all__ = ["LearnedMixin"]
 
@@ -59,8 +59,7 @@ class LearnedMixin:
         Raises:
             ValueError: it has not.
         """
-        if self.learned.numel() not in (0, n_tasks):
-            raise ValueError(f"`{self.name}` has {self.learned.numel()} tasks, found {n_tasks}")
+        same_tasks(self.name, self.learned.numel(), n_tasks)
         # Half precision would round steps of 0.001 away.
         self._place = torch.promote_types(like.dtype, torch.float32), like.device
         self._n_tasks = n_tasks

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import same_tasks
 from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import precise
 
@@ -55,8 +56,7 @@ class MeansMixin:
         found = {name: getattr(self, name) for name in self.state_names}
         state = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         for value in state.values():
-            if len(value) != n_tasks:
-                raise ValueError(f"`{self.name}` has {len(value)} tasks, found {n_tasks}")
+            same_tasks(self.name, len(value), n_tasks)
         for name, value in state.items():
             if value.device != like.device:
                 setattr(self, name, value.to(like.device))

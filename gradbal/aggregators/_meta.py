@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradbal.aggregators._adam import Moments, adam_step
+from gradbal.aggregators._arguments import same_tasks
 
 __all__ = ["MetaMixin", "softmax_jacobian"]
 
@@ -35,8 +36,8 @@ class MetaMixin:
             dtype = torch.promote_types(like.dtype, torch.float32)
             first = self._first_alpha(n_tasks)
             self.alpha = torch.full((n_tasks,), first, dtype=dtype, device=like.device)
-        elif len(self.alpha) != n_tasks:
-            raise ValueError(f"`{self.name}` has {len(self.alpha)} tasks, found {n_tasks}")
+        else:
+            same_tasks(self.name, len(self.alpha), n_tasks)
 
     def train_alpha(self, gradient: Tensor) -> None:
         """One step of Adam on α; `gradient [T]`."""

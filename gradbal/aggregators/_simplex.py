@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradbal.aggregators._arguments import same_tasks
+
 __all__ = ["SimplexStateMixin"]
 
 
@@ -25,10 +27,8 @@ class SimplexStateMixin:
         Raises:
             ValueError: it is not.
         """
-        if self.simplex_weights is not None and len(self.simplex_weights) != n_tasks:
-            raise ValueError(
-                f"`{self.name}` has {len(self.simplex_weights)} tasks, found {n_tasks}"
-            )
+        if self.simplex_weights is not None:
+            same_tasks(self.name, len(self.simplex_weights), n_tasks)
 
     def taking_part(self, n_tasks: int, tasks: Sequence[int] | None) -> Tensor:
         """λ of the tasks that take part, `[k]`, float64 on the host, sum one."""

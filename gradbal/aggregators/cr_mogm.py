@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._arguments import in_range, one_of, same_tasks
 from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
 from gradbal.registry import Promises, create, register
 from gradbal.solvers import ZERO_ROW
@@ -137,8 +137,7 @@ class CRMOGM(GramianAggregator):
             ValueError: T differs from before, or does not fit the method inside.
         """
         known = self.average.shape[-1]
-        if known not in (0, n_tasks):
-            raise ValueError(f"`cr_mogm` has {known} tasks, found {n_tasks}")
+        same_tasks(self.name, known, n_tasks)
         self.inner.prepare(n_tasks, like)
         self._n_tasks = n_tasks
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gradbal.aggregators._adam import Moments, adam_step
-from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._arguments import in_range, one_of, same_tasks
+from gradbal.aggregators._scalar import check_length, of_tasks
 from gradbal.aggregators.base import ClosureAggregator, Scalarizer
 from gradbal.registry import Promises, register
 
@@ -110,13 +111,10 @@ class FAMO(ClosureAggregator, Scalarizer):
             )
 
     def _check(self, n_tasks: int) -> None:
-        if isinstance(self.min_losses, list) and len(self.min_losses) != n_tasks:
-            raise ValueError(
-                f"`min_losses` must have one entry for each of {n_tasks} tasks, found "
-                f"{len(self.min_losses)}"
-            )
-        if self.logits is not None and len(self.logits) != n_tasks:
-            raise ValueError(f"`famo` has {len(self.logits)} tasks, found {n_tasks}")
+        if isinstance(self.min_losses, list):
+            check_length("min_losses", self.min_losses, n_tasks)
+        if self.logits is not None:
+            same_tasks(self.name, len(self.logits), n_tasks)
 
     def _current(self, like: Tensor) -> Tensor:
         """ξ `[T]`, made if need be, on the device of `like`."""
@@ -132,8 +130,7 @@ class FAMO(ClosureAggregator, Scalarizer):
             self._check(len(losses))
         bounds: float | Tensor
         if isinstance(self.min_losses, list):
-            chosen = self.min_losses if tasks is None else [self.min_losses[i] for i in tasks]
-            bounds = torch.tensor(chosen, dtype=losses.dtype, device=losses.device)
+            bounds = of_tasks("min_losses", self.min_losses, losses, tasks)
         else:
             bounds = float(self.min_losses)
         above = losses - bounds

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators._arguments import in_range, one_of, preference
+from gradbal.aggregators._arguments import in_range, one_of, preference, same_tasks
 from gradbal.aggregators._gramians import symmetric_float64
 from gradbal.aggregators._means import warn_endless
 from gradbal.aggregators.base import GramianAggregator
@@ -121,8 +121,7 @@ class GradNorm(GramianAggregator):
         Raises:
             ValueError: it differs from before, or from the number of initial losses.
         """
-        if self.w.numel() not in (0, n_tasks):
-            raise ValueError(f"`gradnorm` has {self.w.numel()} tasks, found {n_tasks}")
+        same_tasks(self.name, self.w.numel(), n_tasks)
         if not isinstance(self.initial_loss, str):
             preference("initial_loss", self.initial_loss, n_tasks, 1.0)
         self._n_tasks = n_tasks

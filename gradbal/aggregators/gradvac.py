@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from gradbal.aggregators._arguments import in_range, one_of
+from gradbal.aggregators._arguments import in_range, one_of, same_tasks
 from gradbal.aggregators._gramians import as_weights, symmetric_float64
 from gradbal.aggregators._mixins import RandomMixin
 from gradbal.aggregators.base import GramianAggregator
@@ -115,8 +115,8 @@ class GradVac(RandomMixin, GramianAggregator):
         Raises:
             ValueError: it differs from before.
         """
-        if len(self.target) and self.target.shape[1] != n_tasks:
-            raise ValueError(f"`gradvac` has {self.target.shape[1]} tasks, found {n_tasks}")
+        if len(self.target):
+            same_tasks(self.name, self.target.shape[1], n_tasks)
         self._n_tasks = n_tasks
 
     def reset(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradbal.aggregators._arguments import in_range, integer, one_of
+from gradbal.aggregators._arguments import in_range, integer, one_of, same_tasks
 from gradbal.aggregators._gramians import as_weights, solve_active, symmetric_float64
 from gradbal.aggregators.base import GramianAggregator
 from gradbal.registry import Promises, register
@@ -100,8 +100,8 @@ class Primary(GramianAggregator):
         Raises:
             ValueError: there is not, or there are not.
         """
-        if self.multipliers is not None and len(self.multipliers) != n_tasks:
-            raise ValueError(f"`primary` has {len(self.multipliers)} tasks, found {n_tasks}")
+        if self.multipliers is not None:
+            same_tasks(self.name, len(self.multipliers), n_tasks)
         if self.primary >= n_tasks:
             raise ValueError(
                 f"`primary` must be the index of one of {n_tasks} tasks, found {self.primary}"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradbal.aggregators._arguments import in_range
+from gradbal.aggregators._arguments import in_range, same_tasks
 from gradbal.aggregators._gramians import as_weights
 from gradbal.aggregators._scalar import check_losses, precise
 from gradbal.aggregators.base import Scalarizer
@@ -69,8 +69,7 @@ class RealtimeLossInverse(Scalarizer):
         """
         if self.average is None:
             return
-        if len(self.average) != n_tasks:
-            raise ValueError(f"`{self.name}` has {len(self.average)} tasks, found {n_tasks}")
+        same_tasks(self.name, len(self.average), n_tasks)
         self.average = self.average.to(like.device)
 
     def scalarize(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
