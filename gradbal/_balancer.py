@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from gradbal.aggregators.base import (
     Scalarizer,
 )
 from gradbal.jacobian import (
+    Engine,
+    GramianEngine,
     Rows,
+    RowsEngine,
     combine,
     cross_gramian,
     gramian,
@@ -84,7 +88,8 @@ class Balancer:
     """Connects losses, Jacobian routine and aggregator; knows nothing of optimizers.
 
     Attributes:
-        rows: the Jacobian routine.
+        engine: what takes the gradients, or finds their Gramian.
+        rows: the buffer of the Jacobian.
         tasks: their names, from the first step on.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
         n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
@@ -102,6 +107,7 @@ class Balancer:
         loss_transform: str | None,
         nonfinite: str,
         match_sum: bool,
+        engine: Engine,
     ) -> None:
         self.aggregator = aggregator
         self.heads = heads
@@ -110,7 +116,8 @@ class Balancer:
         self.loss_transform = loss_transform
         self.nonfinite = nonfinite
         self.match_sum = match_sum
-        self.rows = Rows(shared_params)
+        self.engine = engine
+        self.rows = self._new_rows()
         self.tasks: Names | None = None
         self.weights: Tensor | None = None
         self.head_weights: Tensor | None = None
@@ -212,8 +219,16 @@ class Balancer:
             return self._independent_step
         gathers = call.accumulate or self.rows.pending
         if isinstance(aggregator, GramianAggregator) and not gathers:
-            return self._rows_step if aggregator.probed_parameters() is None else self._probe_step
+            if aggregator.probed_parameters() is not None:
+                return self._probe_step
+            if isinstance(self.engine, GramianEngine):
+                return self._gramian_step
         return self._rows_step
+
+    def _new_rows(self) -> Rows:
+        if isinstance(self.engine, RowsEngine):
+            return Rows(self.shared_params, self.engine)
+        return Rows(self.shared_params)
 
     def needs_jacobian(self, accumulate: bool) -> bool:
         """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
@@ -247,7 +262,8 @@ class Balancer:
             self._combine_gathered(pending, scale)
             return True
         self._check_columns()
-        found = self._examine(*self._to_host(rows, pending.values, scale), rows, pending, scale)
+        overflow = partial(self._deliver_overflow, rows)
+        found = self._examine(*self._to_host(rows, pending.values, scale), overflow, pending, scale)
         if isinstance(found, bool):
             return found
         present = [i for i in found.present if i not in waiting]
@@ -309,7 +325,7 @@ class Balancer:
         self,
         g: Tensor,
         host: HostValues,
-        rows: Rows,
+        overflow: Callable[[], None],
         pending: _Pending,
         scale: Tensor | None,
     ) -> _Examined | bool:
@@ -319,8 +335,7 @@ class Balancer:
         bad = [i for i in host.bad if i not in pending.absent]
         if bad and scale is not None:
             # GradScaler finds these, skips the step and lowers its scale.
-            overflow = torch.full_like(rows.jacobian[0], float("inf"))
-            rows.deliver(overflow, [1.0] * len(self.tasks))
+            overflow()
             self.give_up_pending()
             return True
         if bad and self.nonfinite == "raise":
@@ -334,6 +349,10 @@ class Balancer:
             g[..., out, :] = g[..., :, out] = 0.0
         present = [i for i in range(len(self.tasks)) if i not in absent]
         return _Examined(g if g.dim() == 2 else g.sum(0), host, present, absent)
+
+    @staticmethod
+    def _deliver_overflow(rows: Rows) -> None:
+        rows.deliver(torch.full_like(rows.jacobian[0], float("inf")), [1.0] * len(rows.jacobian))
 
     def _check_columns(self) -> None:
         """State `[T, P]`, or of column groups, belongs to the shared parameters that it was
@@ -451,7 +470,8 @@ class Balancer:
             retain_graph=call.retain_graph or bool(view.both),
         )
         pending = self._gather(batch, values, call.absent)
-        found = self._examine(*self._to_host(rows, values, scale), rows, pending, scale)
+        overflow = partial(self._deliver_overflow, rows)
+        found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
         if isinstance(found, bool):
             return found
         present = found.present
@@ -483,12 +503,39 @@ class Balancer:
         rows = Rows(probed)
         rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
         pending = self._gather(batch, values, call.absent)
-        found = self._examine(*self._to_host(rows, values, scale), rows, pending, scale)
+        overflow = partial(self._deliver_overflow, rows)
+        found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
+        return self._weighted_step(call, factors, values, found)
+
+    # The Gramian without the rows, then one pass.
+
+    def _gramian_step(self, call: BackwardCall) -> bool:
+        assert isinstance(self.engine, GramianEngine)
+        batch, scale = call.batch, call.scale
+        values, factors = self._transformed(batch)
+        roots = batch.roots(_scaled(factors, scale))
+        taken = self.engine.take(roots, call.parameters, self.shared_params, call.absent)
+        pending = self._gather(batch, values, call.absent)
+        g = _unscaled(taken.gramian, scale)
+
+        def overflow() -> None:
+            infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
+            torch.autograd.backward(taken.shared, infinite)
+
+        host = HostValues(g, values, taken.extremes)
+        return self._weighted_step(
+            call, factors, values, self._examine(g, host, overflow, pending, scale)
+        )
+
+    def _weighted_step(
+        self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool
+    ) -> bool:
+        """Weights of a Gramian, and the pass that delivers them."""
         if isinstance(found, bool):
             return found
         weights = self._weights(found.host, found.present)
         self._weighted_pass(replace(call, absent=found.absent), factors, weights)
-        self._train_own_weights(values, found.present, scale)
+        self._train_own_weights(values, found.present, call.scale)
         self._finish(*weights, found.gramian, found.absent)
         return True
 
@@ -503,7 +550,7 @@ class Balancer:
         for batch in batches:
             values, factors = self._transformed(batch)
             roots = batch.roots(_scaled(factors, scale))
-            rows = Rows(self.shared_params)
+            rows = self._new_rows()
             rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
             if gathered and rows.shared != gathered[0].shared:
                 raise ValueError(
@@ -520,7 +567,8 @@ class Balancer:
         extremes = torch.stack([n / len(norms) for n in norms]).sum(0)
         products = _unscaled(cross_gramian(first.jacobian, gathered[1].jacobian), scale)
         host = HostValues(products, values, extremes)
-        found = self._examine(products, host, first, pending, scale)
+        overflow = partial(self._deliver_overflow, first)
+        found = self._examine(products, host, overflow, pending, scale)
         if isinstance(found, bool):
             return found
         present = found.present

@@ -19,6 +19,7 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
+from gradbal.jacobian import ENGINES
 from gradbal.registry import create, near_misses
 
 __all__ = [
@@ -31,8 +32,6 @@ __all__ = [
     "check_tasks",
     "make_aggregator",
 ]
-
-_ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 
 
 def check_shared(shared: Iterable[Tensor] | None, optimizer: Optimizer) -> list[Tensor] | None:
@@ -152,13 +151,11 @@ def check_options(
 ) -> None:
     """Whether every option is one of its values."""
     one_of("heads", heads, (None, "own", "weighted"))
-    if jacobian not in _ENGINES:
+    if jacobian not in ENGINES:
         raise ValueError(
-            f"`jacobian` must be one of {', '.join(map(repr, _ENGINES))}, found {jacobian!r}"
-            f"{near_misses(jacobian, list(_ENGINES))}"
+            f"`jacobian` must be one of {', '.join(map(repr, ENGINES))}, found {jacobian!r}"
+            f"{near_misses(jacobian, list(ENGINES))}"
         )
-    if jacobian not in ("auto", "loop"):
-        raise NotImplementedError(f'`jacobian="{jacobian}"` is not there yet; use "loop"')
     if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
         raise ValueError(f"`update_every` must be a positive integer, found {update_every!r}")
     one_of("loss_transform", loss_transform, (None, "log"))

@@ -30,6 +30,7 @@ from gradbal.aggregators.base import (
     ClosureAggregator,
     Scalarizer,
 )
+from gradbal.jacobian import make_engine
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
@@ -132,6 +133,7 @@ class MultiTaskOptimizer(Optimizer):
             loss_transform=loss_transform,
             nonfinite=nonfinite,
             match_sum=match_sum,
+            engine=make_engine(jacobian),
         )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
@@ -391,7 +393,7 @@ class MultiTaskOptimizer(Optimizer):
             conflicts = int((c < 0).triu(1).sum())
         balancer = self._balancer
         return {
-            "engine": "loop",
+            "engine": balancer.engine.name,
             "tasks": None if balancer.tasks is None else list(balancer.tasks),
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,

@@ -1,270 +1,26 @@
-"""The Jacobian routine: task gradients as rows of one buffer, their Gramian, their combination.
-
-It never knows which method is in use, and makes no device-to-host synchronisation.
-"""
+"""The rows of the Jacobian in one buffer, and the way of the result into `.grad`."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.amp.autocast_mode import is_autocast_available
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = [
-    "Rows",
-    "check_dense",
-    "combine",
-    "cross_gramian",
-    "gramian",
-    "hooks_held_back",
-    "reached_parameters",
-    "shared_indices",
-    "upload",
-    "wants_exact",
-]
+from gradbal.jacobian.engines import RowsEngine
+from gradbal.jacobian.graph import (
+    Reach,
+    Root,
+    check_dense,
+    hooks_held_back,
+    reached_parameters,
+    shared_indices,
+)
+from gradbal.jacobian.loop import Loop
 
-BLOCK = 256
-"""Columns in one block of the Gramian's sum: float32 within, float64 across. Rows of equal entries,
-whose rounding errors do not cancel, leave cosines off by 1e-6 at 256 columns and 2e-5 at 4096."""
-
-SMALL = 1 << 16
-"""Up to this many entries a Jacobian is simply computed with in float64."""
-
-_SAFE_SQUARES = (1e-25, 1e35)
-_NEARLY_DEPENDENT = 1e-3
-
-FEW = 6
-"""Up to this many rows an elimination is done in plain floats."""
-
-CHUNK = 1 << 18
-"""Columns converted at a time where a Jacobian's own precision does not do."""
-
-Array = NDArray[np.float64]
-Reach = tuple[bool, ...]
-
-
-def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
-    """`G = JJᵀ`, formed by column blocks and summed in float64.
-
-    A plain float32 product is off by 1e-3 and more in the cosines at ten million columns; by blocks
-    it is right to 1e-6 (1e-9 for random rows), and faster. Half-precision rows are cast to float32
-    chunk by chunk.
-
-    Args:
-        jacobian: `[T, P]`, any floating dtype and device.
-        exact: do every product in float64, whatever the dtype; see `wants_exact`.
-
-    Returns:
-        `[T, T]`, float64, on the same device.
-
-    Example:
-        >>> gramian(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
-        tensor([[5., 6.],
-                [6., 9.]], dtype=torch.float64)
-    """
-    jacobian = jacobian.detach()
-    with _no_autocast(jacobian):
-        if _in_float64(jacobian):
-            wide = jacobian.double()
-            return wide @ wide.mT
-        if exact or torch.get_float32_matmul_precision() != "highest":
-            # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
-            chunks = (c.double() for c in torch.split(jacobian, CHUNK, dim=1))
-            return _sum(c @ c.mT for c in chunks)
-        if jacobian.dtype == torch.float32:
-            return _blocked(jacobian)
-        return _sum(_blocked(c.float()) for c in torch.split(jacobian, CHUNK, dim=1))
-
-
-def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
-    """`A = J₁J₂ᵀ`, every product in float64.
-
-    Args:
-        first, second: `[T, P]`, any floating dtype, on the same device.
-
-    Returns:
-        `[T, T]`, float64, on that device.
-
-    Example:
-        >>> cross_gramian(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]))
-        tensor([[5.]], dtype=torch.float64)
-    """
-    with _no_autocast(first):
-        pairs = zip(*(torch.split(j.detach(), CHUNK, 1) for j in (first, second)), strict=True)
-        return _sum(a.double() @ b.double().mT for a, b in pairs)
-
-
-def wants_exact(gramian: Tensor, jacobian: Tensor) -> bool:
-    """Whether a problem with this Gramian may hang on digits that float32 products do not have.
-
-    That is where a row's square leaves float32's range, and where the rows are nearly dependent:
-    elsewhere the cosine matrix is so well conditioned that 1e-6 in its entries does not matter.
-
-    Args:
-        gramian: `gramian(jacobian) [T, T]`, on the host.
-        jacobian: `[T, P]`; looked at only where a square is out of range.
-    """
-    if _in_float64(jacobian):
-        return False
-    g = gramian.numpy()
-    low, high = _SAFE_SQUARES
-    safe = [low < square < high for square in g.diagonal().tolist()]
-    if not all(safe):
-        odd = [i for i, is_safe in enumerate(safe) if not is_safe]
-        # One look: picking the rows with an index tensor would be an upload.
-        if bool(torch.stack([jacobian[i].any() for i in odd]).any()):
-            return True
-        g = np.delete(np.delete(g, odd, 0), odd, 1)
-    # Whether an eigenvalue of the cosines is below the bound. Cholesky's method finds the same
-    # whatever the norms of the rows are.
-    g = g.copy()
-    g.flat[:: len(g) + 1] *= 1.0 - _NEARLY_DEPENDENT
-    return not (_is_definite if len(g) <= FEW else _has_factor)(g)
-
-
-def _is_definite(matrix: Array) -> bool:
-    """Elimination in plain floats, which for a few rows costs less than one call of LAPACK."""
-    rows: list[list[float]] = matrix.tolist()
-    for k, row in enumerate(rows):
-        if not row[k] > 0.0:
-            return False
-        for other in rows[k + 1 :]:
-            factor = other[k] / row[k]
-            other[:] = [x - factor * y for x, y in zip(other, row, strict=True)]
-    return True
-
-
-def _has_factor(matrix: Array) -> bool:
-    try:
-        np.linalg.cholesky(matrix)
-    except np.linalg.LinAlgError:
-        return False
-    return True
-
-
-def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
-    """`d = Jᵀw`.
-
-    Args:
-        weights: `[T]`, any floating dtype and device.
-        jacobian: `[T, P]`.
-
-    Returns:
-        `[P]`, dtype and device of the Jacobian. Half-precision rows are combined in float32.
-
-    Example:
-        >>> combine(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-        tensor([0.5000, 0.5000])
-    """
-    jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
-    with _no_autocast(jacobian):
-        if _in_float64(jacobian):
-            return (weights.double() @ jacobian.double()).to(jacobian.dtype)
-        if jacobian.dtype == torch.float32:
-            return weights.float() @ jacobian
-        w = weights.float()
-        parts = [(w @ c.float()).to(jacobian.dtype) for c in torch.split(jacobian, CHUNK, dim=1)]
-        return torch.cat(parts)
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A few numbers on the device where they are needed.
-
-    A plain copy from the host to a GPU waits until all the work before it is done; one from pinned
-    memory, which PyTorch keeps until it has arrived, does not.
-    """
-    if device.type == "cuda" and values.device.type == "cpu":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
-def _in_float64(jacobian: Tensor) -> bool:
-    return jacobian.dtype == torch.float64 or jacobian.numel() <= SMALL
-
-
-def _blocked(jacobian: Tensor) -> Tensor:
-    n_blocks = jacobian.shape[1] // BLOCK
-    whole = jacobian[:, : n_blocks * BLOCK].view(len(jacobian), n_blocks, BLOCK).transpose(0, 1)
-    total = torch.bmm(whole, whole.mT).double().sum(0)
-    rest = jacobian[:, n_blocks * BLOCK :]
-    return total + (rest @ rest.mT).double() if rest.shape[1] else total
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    iterator = iter(parts)
-    total = next(iterator)
-    for part in iterator:
-        total = total + part
-    return total
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast would take the products to half precision."""
-    device = tensor.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
-def reached_parameters(
-    roots: Iterable[Tensor | GradientEdge],
-    parameters: Sequence[Tensor],
-    stop: GradientEdge | None = None,
-) -> list[Reach]:
-    """Which parameters a backward pass from each root would reach, read from the graph.
-
-    Args:
-        roots: T tensors that require grad, or edges of the graph.
-        parameters: n tensors that require grad, mostly leaves.
-        stop: an edge beyond which the walk does not go.
-
-    Returns:
-        T tuples of n booleans.
-
-    Raises:
-        ValueError: a part of the graph is reentrant activation checkpointing, which takes
-            gradients only in a backward pass to all leaves.
-    """
-    leaves = {id(p): i for i, p in enumerate(parameters) if p.is_leaf}
-    inner = {_ends(get_gradient_edge(p)): i for i, p in enumerate(parameters) if not p.is_leaf}
-    end = None if stop is None else _ends(stop)
-    result = []
-    for root in roots:
-        found = [False] * len(parameters)
-        seen: set[Node] = set()
-        stack: list[tuple[Node | None, int]] = [
-            _ends(get_gradient_edge(root) if isinstance(root, Tensor) else root)
-        ]
-        while stack:
-            edge = stack.pop()
-            if edge in inner:
-                found[inner[edge]] = True
-            node = edge[0]
-            if node is None or node in seen or edge == end:
-                continue
-            seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    "activation checkpointing must be non-reentrant, found reentrant; "
-                    "call checkpoint(..., use_reentrant=False)"
-                )
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in leaves:
-                found[leaves[id(leaf)]] = True
-            stack.extend(node.next_functions)
-        result.append(tuple(found))
-    return result
-
-
-def _ends(edge: GradientEdge) -> tuple[Node | None, int]:
-    return edge.node, edge.output_nr
+__all__ = ["Rows"]
 
 
 @dataclass
@@ -309,20 +65,22 @@ class _Layout:
 
 @dataclass
 class Rows:
-    """The gradients of T losses with respect to a list of parameters, taken one loss at a time.
+    """The gradients of T losses with respect to a list of parameters.
 
-    Each pass goes over all parameters at once: the parts of the shared ones are copied into one
+    They are taken over all parameters at once: the parts of the shared ones are copied into one
     preallocated `[T, P]` buffer, which is reused from step to step; the others (a head's) are kept
     as they come. Shared are the parameters that two or more losses reach; that is read from which
     gradients come back as None, remembered, and found again when it changes.
 
     Attributes:
         shared_parameters: an explicit set of shared parameters, or None to detect them.
+        engine: what takes the gradients.
         heads: for each task, index → gradient of the parameters that are not shared.
         pending: the gradients wait for more of them, rather than to be replaced.
     """
 
     shared_parameters: list[Tensor] | None = None
+    engine: RowsEngine = field(default_factory=Loop)
     heads: list[dict[int, Tensor]] = field(default_factory=list)
     pending: bool = False
     _layout: _Layout | None = None
@@ -393,7 +151,7 @@ class Rows:
 
     def take(
         self,
-        roots: Sequence[tuple[Tensor | GradientEdge, Tensor]],
+        roots: Sequence[Root],
         parameters: Sequence[Tensor],
         *,
         sit_out: frozenset[int] = frozenset(),
@@ -432,20 +190,13 @@ class Rows:
             reach = reached_parameters((root for root, _ in roots), parameters)
             layout = self._new_layout(parameters, reach)
         loose: list[dict[int, Tensor]] | None = None
+        if not accumulate:
+            for i in sit_out:
+                layout.buffer[i].zero_()
+        present = [i for i in range(len(roots)) if i not in sit_out]
+        taken = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
         with hooks_held_back(parameters):
-            for i, (root, cotangent) in enumerate(roots):
-                if i in sit_out:
-                    if not accumulate:
-                        layout.buffer[i].zero_()
-                    continue
-                last = all(j in sit_out for j in range(i + 1, len(roots)))
-                grads = torch.autograd.grad(
-                    root,
-                    parameters,
-                    cotangent,
-                    retain_graph=retain_graph or not last,
-                    allow_unused=True,
-                )
+            for i, grads in zip(present, taken, strict=True):
                 check_dense(grads, parameters)
                 found = tuple(g is not None for g in grads)
                 if loose is None and found != layout.reach[i]:
@@ -558,32 +309,6 @@ class Rows:
         torch.autograd.backward(targets, grads)
 
 
-def shared_indices(
-    parameters: Sequence[Tensor], reach: Sequence[Reach], explicit: Sequence[Tensor] | None
-) -> list[int]:
-    """Indices of the parameters that two or more losses reach (of all, when there is one loss).
-
-    Raises:
-        ValueError: there are none.
-    """
-    counts = [sum(column) for column in zip(*reach, strict=True)]
-    if explicit is None:
-        needed = min(2, len(reach))
-        shared = [k for k, count in enumerate(counts) if count >= needed]
-    else:
-        chosen = {id(p) for p in explicit}
-        shared = [k for k, p in enumerate(parameters) if id(p) in chosen and counts[k]]
-    if not shared:
-        reached = sum(1 for count in counts if count)
-        raise ValueError(
-            "at least one trained parameter must be reached by two or more losses, found "
-            f"{reached} of {len(parameters)} reached, each by one loss alone"
-            if explicit is None
-            else f"no loss reaches any of the {len(explicit)} `shared_params` or `layer` tensors"
-        )
-    return shared
-
-
 def _like(part: Tensor, parameter: Tensor) -> Tensor:
     """A flat part seen in the parameter's shape, and memory format where that is dense.
 
@@ -600,34 +325,3 @@ def _like(part: Tensor, parameter: Tensor) -> Tensor:
 def _add(into: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
     for k, g in grads.items():
         into[k] = into[k] + g if k in into else g
-
-
-def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
-    """Refuses sparse gradients.
-
-    Raises:
-        ValueError: a gradient is sparse.
-    """
-    for g, p in zip(grads, parameters, strict=True):
-        if g is not None and g.layout != torch.strided:
-            raise ValueError(
-                f"gradients must be dense, found a {g.layout} one for a parameter of shape "
-                f"{list(p.shape)}; use nn.Embedding(sparse=False)"
-            )
-
-
-@contextlib.contextmanager
-def hooks_held_back(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Holds back the users' gradient hooks on the parameters themselves.
-
-    They run when the result is delivered, once, as after an ordinary backward pass; the T passes
-    would run them T more times, on rows.
-    """
-    held = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for p, _ in held:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, hooks in held:
-            p._backward_hooks = hooks

@@ -1,0 +1,31 @@
+"""One backward pass a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradbal.jacobian.graph import Root
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """Takes the gradients of T losses one loss at a time: works for every model."""
+
+    name = "loop"
+
+    def rows(
+        self, roots: Sequence[Root], parameters: Sequence[Tensor], retain_graph: bool
+    ) -> Iterator[tuple[Tensor | None, ...]]:
+        """For each root its gradients with respect to the parameters, None where it has none."""
+        for i, (root, cotangent) in enumerate(roots, 1):
+            yield torch.autograd.grad(
+                root,
+                parameters,
+                cotangent,
+                retain_graph=retain_graph or i < len(roots),
+                allow_unused=True,
+            )
