@@ -13,6 +13,7 @@ from torch import Tensor
 from gradbal._losses import Losses, Names
 from gradbal._nonfinite import HostValues, NonFiniteError
 from gradbal._representation import Representation
+from gradbal._undo import remembered
 from gradbal.aggregators.base import (
     Aggregator,
     DoubleSamplingAggregator,
@@ -140,12 +141,11 @@ class Balancer:
         Raises:
             NonFiniteError: a gradient is not finite, under `nonfinite="raise"`.
         """
-        before, self.tasks = self.tasks, call.batch.names
+        self.tasks = call.batch.names
         try:
             return self._step_for(call)(call)
         except BaseException:
             self.give_up_pending()
-            self.tasks = before
             raise
 
     def shared_parameters(self, batch: Losses, parameters: list[Tensor]) -> list[Tensor]:
@@ -176,6 +176,10 @@ class Balancer:
             return values
         spoiled = values.isfinite().all() & ~self.weights.isfinite()
         return torch.where(spoiled, self.weights.to(values), values)
+
+    def remember(self) -> Callable[[], None]:
+        """What puts everything back as it is now, but for what is gathered."""
+        return remembered(self, but=("rows", "_pending"))
 
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""

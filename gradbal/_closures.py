@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
+from gradbal._undo import interrupts_held_back
 from gradbal.jacobian import check_dense, hooks_held_back
 
 __all__ = ["Closure", "Evaluations", "length", "read_values"]
@@ -123,10 +124,11 @@ def _buffers_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        _lenders.remove(lender)
-        if not _lenders:
-            nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
-        lender.take_back()
+        with interrupts_held_back():
+            _lenders.remove(lender)
+            if not _lenders:
+                nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
+            lender.take_back()
 
 
 class Closure:
@@ -317,9 +319,10 @@ class Evaluations:
                     torch.add(value, part.to(value), alpha=factor, out=p.data)
             yield
         finally:
-            self._moved = False
-            for p, value in zip(self._parameters, self._home, strict=True):
-                p.data.copy_(value)
+            with interrupts_held_back():
+                self._moved = False
+                for p, value in zip(self._parameters, self._home, strict=True):
+                    p.data.copy_(value)
 
     def deliver(self, gradient: Tensor) -> None:
         """Sends a flat gradient into `.grad` of the parameters that some loss has reached."""

@@ -24,6 +24,12 @@ from gradbal._checks import (
 from gradbal._closures import Closure, Evaluations, read_values
 from gradbal._losses import Losses, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
+from gradbal._undo import (
+    interrupts_held_back,
+    may_ask_again,
+    parameters_remembered,
+    remembered,
+)
 from gradbal.aggregators.base import (
     Aggregator,
     BilevelAggregator,
@@ -144,6 +150,7 @@ class MultiTaskOptimizer(Optimizer):
         self._spoiled = False
         self._late: LateCheck | None = None
         self._in_closure = False
+        self._taken = False
 
     @property
     def weights(self) -> Tensor | None:
@@ -270,8 +277,8 @@ class MultiTaskOptimizer(Optimizer):
             scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
         else:
             absent = self._absent([batch, *others], single_pass)
-        self.aggregator.learning_rate = _learning_rate(self.optimizer)
-        with _unchanged_by_errors(self.aggregator):
+        with self._undone_on_errors():
+            self.aggregator.learning_rate = _learning_rate(self.optimizer)
             if absent is not None:
                 self.aggregator.prepare(len(batch.names), batch.values)
             self._late, self._skip_step = None, False
@@ -284,21 +291,24 @@ class MultiTaskOptimizer(Optimizer):
                     )
                 )
             )
+            self._book(batch, delivered, accumulate, single_pass and scale is None)
+
+    def _book(self, batch: Losses, delivered: bool, accumulate: bool, alone: bool) -> None:
+        """What a call of `backward` means for the step; `alone`: nobody has seen the losses yet."""
         if self._spoiled:
             # One of this step's micro-batches was not finite: the whole step is left out.
             self._spoiled, self._skip_step = accumulate, True
         elif not delivered:
-            balancer.give_up_pending()
+            self._balancer.give_up_pending()
             self._n_skipped += 1
             self._spoiled, self._skip_step = accumulate, True
         elif (
-            scale is None
-            and device.type != "cpu"
-            and single_pass
+            alone
+            and batch.values.device.type != "cpu"
             and not accumulate
-            and not self._drops_from(single_pass)
+            and not self._drops_from(single_pass=True)
         ):
-            self._late = LateCheck(balancer.found_late(), batch.names)
+            self._late = LateCheck(self._balancer.found_late(), batch.names)
 
     def step(
         self,
@@ -322,18 +332,22 @@ class MultiTaskOptimizer(Optimizer):
         Raises:
             ValueError: the method needs a closure that is not there, or has no use for one that is.
         """
-        aggregator = self.aggregator
-        check_closures(aggregator, closure, val_closure)
+        check_closures(self.aggregator, closure, val_closure)
         if closure is None:
             self._check_late()
             if self._skip_step:
                 return None
-            self._balancer.observe()
-            return self.optimizer.step()
+            with self._undone_on_errors():
+                self._balancer.observe()
+                return self._wrapped_step()
         train = Closure(closure, self._devices())
-        if isinstance(aggregator, BilevelAggregator):
-            assert val_closure is not None
-            return self._bilevel_step(train, Closure(val_closure, self._devices()))
+        with self._undone_on_errors():
+            if val_closure is not None:
+                return self._bilevel_step(train, Closure(val_closure, self._devices()))
+            return self._closure_step(train)
+
+    def _closure_step(self, train: Closure) -> Any:
+        aggregator = self.aggregator
         losses, first = self._evaluate(train)
         if self._skip_step:
             return losses
@@ -349,12 +363,41 @@ class MultiTaskOptimizer(Optimizer):
         def again() -> Tensor:
             return answers.pop() if answers else self._evaluate(train)[1]
 
-        self.optimizer.step(again)  # type: ignore[arg-type]
+        self._wrapped_step(again)
         # What it evaluated on its way were no steps.
         self._balancer.unobserved = None
         if looking is not None and looking.looks_after:
-            looking.update(read_values(train.again(grad=False), self._balancer.tasks))
+            try:
+                looking.update(read_values(train.again(grad=False), self._balancer.tasks))
+            except BaseException:
+                # The step itself is taken.
+                looking.give_up()
+                raise
         return losses
+
+    def _wrapped_step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+        """The wrapped optimizer's own step; once a parameter has changed, it counts as taken."""
+        if closure is not None and may_ask_again(self.optimizer):
+            put_back = parameters_remembered(self.optimizer)
+            try:
+                found = self.optimizer.step(closure)  # type: ignore[arg-type]
+                self._taken = True
+            except BaseException:
+                with interrupts_held_back():
+                    put_back()
+                    self._taken = False
+                raise
+            return found
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        versions = [p._version for p in parameters]
+        with interrupts_held_back():
+            try:
+                step: Callable[..., Any] = self.optimizer.step
+                found = step() if closure is None else step(closure)
+            finally:
+                self._taken = versions != [p._version for p in parameters]
+        return found
 
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
         """The losses after the step, for methods that look again; the others do nothing.
@@ -366,8 +409,10 @@ class MultiTaskOptimizer(Optimizer):
             TypeError, ValueError: not the losses of the same tasks.
         """
         if isinstance(self.aggregator, ClosureAggregator) and self.aggregator.looks_after:
-            self.aggregator.learning_rate = _learning_rate(self.optimizer)
-            self.aggregator.update(read_values(losses, self._balancer.tasks))
+            values = read_values(losses, self._balancer.tasks)
+            with self._undone_on_errors():
+                self.aggregator.learning_rate = _learning_rate(self.optimizer)
+                self.aggregator.update(values)
 
     def end_epoch(self) -> None:
         """Tells the aggregator that an epoch has ended; methods that do not count do nothing."""
@@ -462,6 +507,24 @@ class MultiTaskOptimizer(Optimizer):
 
     # Small parts.
 
+    @contextlib.contextmanager
+    def _undone_on_errors(self) -> Iterator[None]:
+        """After an error aggregator and counters are as before, unless the step was taken."""
+        put_back = [
+            self.aggregator.remember(),
+            self._balancer.remember(),
+            remembered(self, but=("_taken",)),
+        ]
+        self._taken = False
+        try:
+            yield
+        except BaseException:
+            if not self._taken:
+                with interrupts_held_back():
+                    for each in put_back:
+                        each()
+            raise
+
     def _trained(self) -> list[Tensor]:
         """The parameters to train, without the aggregator's own."""
         own = {id(p) for p in self.aggregator.parameters()}
@@ -506,7 +569,7 @@ class MultiTaskOptimizer(Optimizer):
         aggregator.learning_rate = _learning_rate(self.optimizer)
         try:
             evaluations.begin(batch)
-            with _unchanged_by_errors(aggregator):
+            with self._undone_on_errors():
                 aggregator.prepare(len(batch.names), batch.values)
                 found = aggregator.step(evaluations)
                 if aggregator.gives_gradient:
@@ -519,7 +582,7 @@ class MultiTaskOptimizer(Optimizer):
             self._n_skipped += 1
             return losses
         balancer.conclude(batch, None if aggregator.gives_gradient else found)
-        self.optimizer.step()
+        self._wrapped_step()
         return losses
 
     def _drops_from(self, single_pass: bool) -> bool:
@@ -569,18 +632,6 @@ class MultiTaskOptimizer(Optimizer):
             return losses, torch.zeros(())
         w = torch.ones_like(self.losses) if self.weights is None else self.weights.to(self.losses)
         return losses, (w * self.losses).sum()
-
-
-@contextlib.contextmanager
-def _unchanged_by_errors(aggregator: Aggregator) -> Iterator[None]:
-    """What a method remembers from one evaluation of the losses to the next is put back."""
-    before = aggregator.state_dict() if isinstance(aggregator, ClosureAggregator) else None
-    try:
-        yield
-    except BaseException:
-        if before is not None:
-            aggregator.load_state_dict(before)
-        raise
 
 
 def _learning_rate(optimizer: Optimizer) -> float | None:

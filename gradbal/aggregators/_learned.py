@@ -73,8 +73,7 @@ class LearnedMixin:
         elif s.device != device:
             s.data = s.data.to(device)
         if self.clamp is not None:
-            with torch.no_grad():
-                s.clamp_(-self.clamp, self.clamp)
+            s.data = s.data.clamp(-self.clamp, self.clamp)
         return s
 
     def reset(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class RowStateMixin:
     name: ClassVar[str]
     per_task_state: ClassVar[bool] = True
     rows: Tensor | None = None
+    _spare: Tensor | None = None
     _n_tasks: int | None = None
 
     def prepare(self, n_tasks: int, like: Tensor) -> None:
@@ -40,7 +41,7 @@ class RowStateMixin:
 
     def reset(self) -> None:
         """Forgets all gradients so far."""
-        self.rows = self._n_tasks = None
+        self.rows = self._spare = self._n_tasks = None
 
     def _indices(self, jacobian: Tensor, tasks: Sequence[int] | None) -> list[int]:
         """The tasks that the Jacobian's rows are of.
@@ -86,3 +87,20 @@ class RowStateMixin:
         elif self.rows.device != jacobian.device:
             self.rows = self.rows.to(jacobian.device)
         return self.rows
+
+    def _next_rows(self, jacobian: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The rows so far, and those to come, which have all but the rows of `indices` already.
+
+        The ones so far stay as they are until the step after next, so that a step that fails
+        half-way can be undone.
+        """
+        rows, spare = self._own_rows(jacobian), self._spare
+        if spare is None or spare.shape != rows.shape or spare.device != rows.device:
+            spare = torch.empty_like(rows)
+        for i in set(range(len(rows))).difference(indices):
+            spare[i].copy_(rows[i])
+        self.rows, self._spare = spare, rows
+        return rows, spare
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_spare": None}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradbal._undo import remembered
 from gradbal.jacobian import combine, gramian, wants_exact
 from gradbal.registry import Promises
 
@@ -109,6 +111,27 @@ class Aggregator(ABC):
 
     def reset(self) -> None:  # noqa: B027
         """Back to the state before the first step."""
+
+    def remember(self) -> Callable[[], None]:
+        """What puts the state back as it is now, for a step that fails half-way.
+
+        By reference, so that it costs next to nothing: a method replaces the tensors of its state
+        and does not write into them.
+        """
+        put_back: list[Callable[[], Any]] = [remembered(self)]
+        for value in vars(self).values():
+            if isinstance(value, torch.Generator):
+                put_back.append(partial(value.set_state, value.get_state()))
+            elif isinstance(value, Parameter):
+                put_back.append(partial(setattr, value, "data", value.data))
+            elif isinstance(value, Aggregator):
+                put_back.append(value.remember())
+
+        def all_of_it() -> None:
+            for each in put_back:
+                each()
+
+        return all_of_it
 
     def state_dict(self) -> dict[str, Any]:
         """Name, hyperparameters and whole state: tensors, numbers, strings, lists and dicts."""

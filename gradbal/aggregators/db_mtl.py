@@ -139,12 +139,12 @@ class DBMTL(RowStateMixin, JacobianAggregator):
         self, jacobian: Tensor, inverse: Tensor, indices: list[int]
     ) -> tuple[Tensor, Tensor]:
         """The rows of the average after their update, and what corrects each for its zeros."""
-        rows = self._own_rows(jacobian)
+        before, rows = self._next_rows(jacobian, indices)
         zeros = [1.0] * len(rows) if self.zeros is None else [*self.zeros]
         self.step += 1
         beta = self.beta / self.step**self.beta_sigma
         for i, row, factor in zip(indices, jacobian, inverse.tolist(), strict=True):
-            rows[i].lerp_(row.to(rows.dtype) * factor, 1.0 - beta)
+            torch.lerp(before[i], row.to(rows.dtype) * factor, 1.0 - beta, out=rows[i])
             zeros[i] *= beta
         self.zeros = zeros
         factors = torch.ones_like(inverse)

@@ -117,13 +117,14 @@ class ExcessMTL(RowStateMixin, JacobianAggregator):
             ValueError: another T or P than before.
         """
         indices = self._indices(jacobian, tasks)
-        rows = self._own_rows(jacobian)
+        before, rows = self._next_rows(jacobian, indices)
         n_tasks = len(rows)
         if self.log_weights is None:
             self.log_weights = torch.zeros(n_tasks, dtype=torch.float64).log_softmax(0).tolist()
         sums, counts = self.baseline or [0.0] * n_tasks, self.baseline_steps or [0] * n_tasks
         sums, counts = [*sums], [*counts]
-        found = [_excess(rows[i], g) for i, g in zip(indices, jacobian.detach(), strict=True)]
+        given = zip(indices, jacobian.detach(), strict=True)
+        found = [_excess(before[i], g, rows[i]) for i, g in given]
         moving, ratios = [], []
         for i, excess in zip(indices, torch.stack(found).tolist(), strict=True):
             if counts[i] >= max(self.warmup, 1):
@@ -146,10 +147,10 @@ class ExcessMTL(RowStateMixin, JacobianAggregator):
         return combine(w, jacobian)
 
 
-def _excess(root: Tensor, row: Tensor) -> Tensor:
-    """`E = Σ g²/√S`, 0-dim in float64, after `S ← S + g²`; `root` is √S and is written to."""
+def _excess(before: Tensor, row: Tensor, root: Tensor) -> Tensor:
+    """`E = Σ g²/√S`, 0-dim in float64, after `S ← S + g²`; √S goes from `before` into `root`."""
     g = row.to(root.dtype).abs()
-    root.hypot_(g)
+    torch.hypot(before, g, out=root)
     return torch.where(root > 0, g * (g / root), 0.0).sum(dtype=torch.float64)
 
 

@@ -156,10 +156,10 @@ class MConFIG(RowStateMixin, JacobianAggregator):
         if tasks is None:
             indices = self.tasks_in_turn(len(jacobian))
             given = jacobian.detach()[indices]
-        rows = self._own_rows(jacobian)
+        before, rows = self._next_rows(jacobian, indices)
         turns = [0] * len(rows) if self.turns is None else [*self.turns]
         for i, row in zip(indices, given, strict=True):
-            rows[i].lerp_(row.to(rows.dtype), 1.0 - self.beta1)
+            torch.lerp(before[i], row.to(rows.dtype), 1.0 - self.beta1, out=rows[i])
             turns[i] += 1
         self.turns = turns
         self.lose_turn(indices)
@@ -176,7 +176,7 @@ class MConFIG(RowStateMixin, JacobianAggregator):
         self.pseudo_momentum = self.pseudo_momentum.to(unscaled.device)
         self.root = self.root.to(unscaled.device)
         self.step += 1
-        scaled = m_config(
+        scaled, self.pseudo_momentum, self.root = m_config(
             unscaled,
             self.pseudo_momentum,
             self.root,
@@ -197,22 +197,21 @@ def m_config(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`d₀/(√(s/(1 − β₂ᵗ)) + ε)`, with `s ← β₂ s + (1 − β₂) h²`; see `MConFIG`.
 
     Args:
         unscaled: d₀ `[P]`.
-        pseudo_momentum: `f_{t−1} [P]`; becomes f_t.
-        root: `√s [P]`; is updated.
+        pseudo_momentum: `f_{t−1} [P]`.
+        root: `√s [P]`.
         step: t, from 1 on.
         beta1, beta2, eps: β₁, β₂ and ε.
 
     Returns:
-        `d [P]`.
+        `d`, f_t and the new √s, `[P]` each.
     """
     momentum = unscaled * (1.0 - beta1**step)
     h = (momentum - beta1 * pseudo_momentum) / (1.0 - beta1)
-    pseudo_momentum.copy_(momentum)
-    root.mul_(beta2**0.5).hypot_(h * (1.0 - beta2) ** 0.5)
+    root = (root * beta2**0.5).hypot_(h * (1.0 - beta2) ** 0.5)
     size = root / (1.0 - beta2**step) ** 0.5 + eps
-    return torch.where(size > 0, unscaled / size, 0.0)
+    return torch.where(size > 0, unscaled / size, 0.0), momentum, root

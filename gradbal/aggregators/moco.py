@@ -135,7 +135,7 @@ class MoCo(RowStateMixin, JacobianAggregator):
         if self.normalize and losses is None:
             raise ValueError("MoCo with normalize=True needs the losses, found None")
         indices = self._indices(jacobian, tasks)
-        rows = self._own_rows(jacobian)
+        before, rows = self._next_rows(jacobian, indices)
         shares = np.asarray(self.shares or [1.0 / len(rows)] * len(rows))
         self.step += 1
         beta = self.beta / self.step**self.beta_sigma
@@ -147,17 +147,17 @@ class MoCo(RowStateMixin, JacobianAggregator):
                 norm = torch.linalg.vector_norm(tracked, dtype=torch.float64)
                 factor = torch.where(norm > 0, losses[position].to(norm) / norm, 0.0)
                 tracked = tracked * factor.to(tracked)
-            rows[i].lerp_(tracked, beta)
+            torch.lerp(before[i], tracked, beta, out=rows[i])
         part = rows if len(indices) == len(rows) else rows[indices]
         total = float(shares[indices].sum())
-        before = shares[indices] / total if total > 0 else np.full(len(part), 1.0 / len(part))
+        begin = shares[indices] / total if total > 0 else np.full(len(part), 1.0 / len(part))
         g = gramian(part).cpu()
         # Where γG is large, λ hangs on digits of G that float32 products do not have.
         if wants_exact(g, part) or (not self.scale_free and gamma * float(g.trace()) > 1.0):
             g = gramian(part, exact=True).cpu()
         w = moco(
             g,
-            torch.from_numpy(before),
+            torch.from_numpy(begin),
             gamma,
             rho=self.rho,
             projection=self.projection,
