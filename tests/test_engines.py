@@ -11,6 +11,8 @@ from tests.zoo import ZOO, make, optimizer
 
 ENGINES: dict[str, dict[str, Any]] = {
     "loop": {},
+    # No model has more parameters than the sketch has entries: exact.
+    "sketch": {},
 }
 """Engines that all models can be trained with, and the keywords that they are tested with."""
 

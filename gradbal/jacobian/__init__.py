@@ -28,6 +28,7 @@ from gradbal.jacobian.products import (
     wants_exact,
 )
 from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.sketch import Sketch, Sketched
 
 __all__ = [
     "BLOCK",
@@ -39,6 +40,8 @@ __all__ = [
     "GramianEngine",
     "Rows",
     "RowsEngine",
+    "Sketch",
+    "Sketched",
     "check_dense",
     "combine",
     "cross_gramian",
