@@ -12,6 +12,7 @@ from gradbal.jacobian.engines import (
     make_engine,
 )
 from gradbal.jacobian.graph import (
+    Root,
     check_dense,
     hooks_held_back,
     reached_parameters,
@@ -39,6 +40,7 @@ __all__ = [
     "Found",
     "GramianEngine",
     "Rows",
+    "Root",
     "RowsEngine",
     "Sketch",
     "Sketched",
