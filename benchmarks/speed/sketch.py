@@ -16,10 +16,7 @@ from benchmarks.data.mnist import load_5k
 from benchmarks.errors import MissingExtra
 from gradbal.jacobian import GramianEngine, Root, Sketch, gramian
 
-__all__ = ["METHODS", "MODELS", "SIZES", "Row", "measure"]
-
-SIZES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18)
-"""Values of k."""
+__all__ = ["METHODS", "MODELS", "Row", "measure", "worst"]
 
 METHODS = ("upgrad", "mgda", "nash_mtl")
 """Whose directions are compared."""
@@ -161,20 +158,30 @@ def measure(
     order = np.random.default_rng(0).permutation(len(digits))
     images = torch.from_numpy(digits.images[order]).float() / 255
     labels = torch.from_numpy(digits.labels[order])
-    batches = list(zip(images.split(_BATCH), labels.split(_BATCH), strict=True))
+    parts = (torch.split(t, _BATCH) for t in (images, labels))
+    batches = list(zip(*parts, strict=True))
     for name in models:
         torch.manual_seed(0)
         model = MODELS[name]()
         adam = torch.optim.Adam(model.parameters(), lr=1e-3)
         done = 0
         for n_steps in steps:
-            for done in range(done, n_steps):
+            while done < n_steps:
                 adam.zero_grad()
-                losses = model.losses(*batches[1 + done % (len(batches) - 2)])
+                losses = model.losses(*batches[1 + done % (len(batches) - 1)])
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
                 adam.step()
-            done = n_steps
+                done += 1
             yield from _compared(name, n_steps, model, model.losses(*batches[0]), sizes, seeds)
+
+
+def worst(rows: Sequence[Row]) -> Iterator[Row]:
+    """For each k the largest of each figure; of no model."""
+    for size in dict.fromkeys(row.size for row in rows):
+        same = [row for row in rows if row.size == size]
+        angles = {method: max(row.angles[method] for row in same) for method in METHODS}
+        rms, largest = max(row.rms for row in same), max(row.largest for row in same)
+        yield Row("", 0, 0, size, rms, largest, angles)
 
 
 def _compared(
@@ -187,12 +194,15 @@ def _compared(
     ]
     n_shared = sum(p.numel() for p in shared)
     exact = gramian(
-        torch.stack([torch.cat([g.reshape(-1) for g in r[: len(shared)] if g is not None]) for r in rows]),
+        torch.stack(
+            [torch.cat([g.reshape(-1) for g in r[: len(shared)] if g is not None]) for r in rows]
+        ),
         exact=True,
     )
     roots: list[Root] = [(l, torch.ones(())) for l in losses]
     for size in sizes:
-        errors, angles = [], {method: 0.0 for method in METHODS}
+        errors: list[float] = []
+        angles = dict.fromkeys(METHODS, 0.0)
         for seed in range(seeds):
             engine: GramianEngine = Sketch(size, seed, _Known(rows))
             found = engine.take(roots, parameters, None, frozenset()).gramian
