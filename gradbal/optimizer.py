@@ -160,7 +160,8 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def gramian(self) -> Tensor | None:
-        """`JJᵀ [T, T]` in float64 at the last step; None where no Jacobian was taken."""
+        """`JJᵀ [T, T]` in float64 at the last step, estimated with jacobian="sketch"; None where no
+        Jacobian was taken."""
         return self._balancer.gramian
 
     @property

@@ -183,13 +183,16 @@ def test_it_is_a_function_of_seed_and_step_alone() -> None:
 
 
 def test_strides_do_not_matter() -> None:
-    model = make("ChannelsLast")
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    """Where a gradient comes in another memory format, its columns are the same."""
+    weight = normal(3, 4, 5, 5).requires_grad_()
+    coefficients = normal(2, 3, 4, 5, 5, seed=9)
     found = []
-    for m in (model, plain):
-        losses = m.losses(m.batch())
-        found.append(Sketch(16).sketch(_roots(losses), list(m.parameters()), None, frozenset()))
-    torch.testing.assert_close(found[0].sketches, found[1].sketches, rtol=1e-10, atol=1e-12)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        losses = [(weight * c.to(memory_format=memory_format)).sum() for c in coefficients]
+        (grad,) = torch.autograd.grad(losses[0], weight, retain_graph=True)
+        assert grad.is_contiguous(memory_format=memory_format)
+        found.append(Sketch(16).sketch(_roots(losses), [weight], None, frozenset()).sketches)
+    assert_same(*found)
 
 
 def test_what_was_before_does_not_matter() -> None:
@@ -553,6 +556,18 @@ def test_gathering_is_refused_with_nothing_changed() -> None:
         opt.backward(model.losses(model.batch()), accumulate=True)
     assert_same(snapshot(model, opt), before)
     assert _train(model, opt, 1)[0] is not None
+
+
+def test_micro_batches_of_a_scalarizer() -> None:
+    """They add up where weights are known before; where not, gradients would have to be kept."""
+    model = make("Plain")
+    opt = optimizer(model, "sum", jacobian="sketch")
+    opt.backward(model.losses(model.batch()), accumulate=True)
+    opt.backward(model.losses(model.batch()))
+    assert opt.diagnostics()["steps"] == 1
+    opt = optimizer(make("Plain"), "gls", jacobian="sketch")
+    with pytest.raises(ValueError, match="accumulate=True needs an engine that keeps gradients"):
+        opt.backward(model.losses(model.batch()), accumulate=True)
 
 
 @pytest.mark.parametrize("aggregator", ["sum", "uw"])
