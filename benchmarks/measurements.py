@@ -199,17 +199,25 @@ def sketch_command(
         str, typer.Option(help="Steps of training before, rising, comma-separated.")
     ] = "0,50",
     seeds: Annotated[int, typer.Option(help="Of the sketch.")] = 20,
+    average: Annotated[
+        int, typer.Option(help="Steps over which errors are averaged as well; 0 for none.")
+    ] = 0,
 ) -> None:
     """How far `jacobian="sketch"` is off: cosines, and directions of three methods."""
-    from benchmarks.speed.sketch import METHODS, MODELS, Row, measure, worst
+    from benchmarks.speed.sketch import METHODS, MODELS, Row, average_errors, measure, worst
 
     chosen = models.split(",")
     unknown = [m for m in chosen if m not in MODELS]
     if unknown:
         _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
     ks, moments = _numbers("--sizes", sizes, 1), _numbers("--steps", steps, 0)
-    if seeds < 1 or moments != sorted(moments):
-        _stop(BadInput(f"`--seeds` must be positive, `--steps` rising, found {seeds}, {steps!r}"))
+    if seeds < 1 or average < 0 or moments != sorted(moments):
+        _stop(
+            BadInput(
+                "`--seeds` must be positive, `--average` not negative and `--steps` rising, found "
+                f"{seeds}, {average}, {steps!r}"
+            )
+        )
     console = Console(highlight=False)
     console.width = max(console.width, 96)
     rows: list[Row] = []
@@ -235,6 +243,13 @@ def sketch_command(
         f"{seeds} seeds, T = 4 tasks on MNIST digits, batch 32, float32; angles are root mean "
         "squares over the seeds. A cosine c has a standard error of (1 − c²)/√k."
     )
+    if average:
+        console.print(
+            f"Mean error of a cosine over {average} of Adam's steps, LeNet, k = 4,096, with fresh "
+            "and with fixed signs:"
+        )
+        for what, (fresh, fixed) in average_errors(average, seeds).items():
+            console.print(f"{what}: {fresh:.4f}, {fixed:.4f}")
 
 
 def _numbers(option: str, given: str, least: int) -> list[int]:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 import gradbal
 from benchmarks.data.mnist import load_5k
 from benchmarks.errors import MissingExtra
-from gradbal.jacobian import GramianEngine, Root, Sketch, gramian
+from gradbal.jacobian import Root, Sketch, gramian
 
-__all__ = ["METHODS", "MODELS", "Row", "measure", "worst"]
+__all__ = ["METHODS", "MODELS", "Row", "average_errors", "measure", "worst"]
 
 METHODS = ("upgrad", "mgda", "nash_mtl")
 """Whose directions are compared."""
@@ -154,12 +154,7 @@ def measure(
     Raises:
         BenchmarkError: the digits, or torchvision, are not installed.
     """
-    digits = load_5k()
-    order = np.random.default_rng(0).permutation(len(digits))
-    images = torch.from_numpy(digits.images[order]).float() / 255
-    labels = torch.from_numpy(digits.labels[order])
-    parts = (torch.split(t, _BATCH) for t in (images, labels))
-    batches = list(zip(*parts, strict=True))
+    batches = _batches(_BATCH)
     for name in models:
         torch.manual_seed(0)
         model = MODELS[name]()
@@ -172,7 +167,8 @@ def measure(
                 torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
                 adam.step()
                 done += 1
-            yield from _compared(name, n_steps, model, model.losses(*batches[0]), sizes, seeds)
+            gradients = _Gradients(model, model.losses(*batches[0]))
+            yield from _compared(name, n_steps, gradients, sizes, seeds)
 
 
 def worst(rows: Sequence[Row]) -> Iterator[Row]:
@@ -184,52 +180,103 @@ def worst(rows: Sequence[Row]) -> Iterator[Row]:
         yield Row("", 0, 0, size, rms, largest, angles)
 
 
+def average_errors(n_steps: int, seeds: int, size: int = 1 << 12) -> dict[str, tuple[float, float]]:
+    """What is left of the errors of LeNet's cosines in their mean over the steps of a training.
+
+    Args:
+        n_steps: of Adam, at least 1.
+        seeds: of the sketch, at least 1.
+        size: k.
+
+    Returns:
+        What was trained on → root mean squares of the mean errors, with signs that are fresh at
+        every step, and with those of the first step.
+    """
+    found = {}
+    for size_of_batch, one, lr in ((_BATCH, False, 1e-3), (256, True, 1e-4)):
+        batches = _batches(size_of_batch)
+        torch.manual_seed(0)
+        model = _lenet()
+        adam = torch.optim.Adam(model.parameters(), lr=lr)
+        totals = torch.zeros(2, seeds, math.comb(_N_TASKS, 2), dtype=torch.float64)
+        for step in range(n_steps):
+            losses = model.losses(*batches[0 if one else step % len(batches)])
+            gradients = _Gradients(model, losses)
+            for seed in range(seeds):
+                for kind, signs in enumerate((step, 0)):
+                    errors = gradients.errors(gradients.sketched(size, seed, signs))
+                    totals[kind, seed] += errors / n_steps
+            adam.zero_grad()
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            adam.step()
+        fresh, fixed = totals.square().mean((1, 2)).sqrt().tolist()
+        what = "one batch" if one else "a new batch at every step"
+        found[f"{what}, of {size_of_batch}, lr = {lr:g}"] = (fresh, fixed)
+    return found
+
+
+def _batches(size: int) -> list[tuple[Tensor, Tensor]]:
+    """Images `[B, 28, 28]` in 0..1 and labels `[B]`."""
+    digits = load_5k()
+    order = np.random.default_rng(0).permutation(len(digits))
+    images = torch.from_numpy(digits.images[order]).float() / 255
+    labels = torch.from_numpy(digits.labels[order])
+    parts = [torch.split(t, size) for t in (images, labels)]
+    return list(zip(*parts, strict=True))
+
+
+class _Gradients:
+    """The gradients of some losses, taken once.
+
+    gramian: the exact one `[T, T]`. n_shared: P.
+    """
+
+    def __init__(self, model: _Digits, losses: list[Tensor]) -> None:
+        self._parameters = list(model.parameters())
+        shared = list(model.trunk.parameters())
+        rows = [
+            torch.autograd.grad(l, self._parameters, retain_graph=True, allow_unused=True)
+            for l in losses
+        ]
+        self._engine = _Known(rows)
+        self._roots: list[Root] = [(l, torch.ones(())) for l in losses]
+        self.n_shared = sum(p.numel() for p in shared)
+        jacobian = [torch.cat([g.reshape(-1) for g in row[: len(shared)]]) for row in rows]
+        self.gramian = gramian(torch.stack(jacobian), exact=True)
+
+    def sketched(self, size: int, seed: int, step: int = 0) -> Tensor:
+        """The estimate of the Gramian."""
+        engine = Sketch(size, seed, self._engine, step)
+        return engine.take(self._roots, self._parameters, None, frozenset()).gramian
+
+    def errors(self, found: Tensor) -> Tensor:
+        """Of the cosines of all pairs, `[T(T − 1)/2]`."""
+        rows, columns = torch.triu_indices(len(found), len(found), 1)
+        return (_cosines(found) - _cosines(self.gramian))[rows, columns]
+
+
 def _compared(
-    name: str, n_steps: int, model: _Digits, losses: list[Tensor], sizes: Sequence[int], seeds: int
+    name: str, n_steps: int, gradients: _Gradients, sizes: Sequence[int], seeds: int
 ) -> Iterator[Row]:
-    parameters = list(model.parameters())
-    shared = list(model.trunk.parameters())
-    rows = [
-        torch.autograd.grad(l, parameters, retain_graph=True, allow_unused=True) for l in losses
-    ]
-    n_shared = sum(p.numel() for p in shared)
-    exact = gramian(
-        torch.stack(
-            [torch.cat([g.reshape(-1) for g in r[: len(shared)] if g is not None]) for r in rows]
-        ),
-        exact=True,
-    )
-    roots: list[Root] = [(l, torch.ones(())) for l in losses]
+    exact = gradients.gramian
     for size in sizes:
-        errors: list[float] = []
-        angles = dict.fromkeys(METHODS, 0.0)
-        for seed in range(seeds):
-            engine: GramianEngine = Sketch(size, seed, _Known(rows))
-            found = engine.take(roots, parameters, None, frozenset()).gramian
-            errors += _pairs(_cosines(found) - _cosines(exact))
-            for method in METHODS:
-                angles[method] += _angle(method, exact, found) ** 2 / seeds
-        squares = sum(e * e for e in errors)
+        found = [gradients.sketched(size, seed) for seed in range(seeds)]
+        errors = torch.stack([gradients.errors(g) for g in found])
+        squares = {m: [_angle(m, exact, g) ** 2 for g in found] for m in METHODS}
         yield Row(
             name,
-            n_shared,
+            gradients.n_shared,
             n_steps,
             size,
-            math.sqrt(squares / len(errors)),
-            max(map(abs, errors)),
-            {method: math.sqrt(square) for method, square in angles.items()},
+            float(errors.square().mean().sqrt()),
+            float(errors.abs().max()),
+            {method: math.sqrt(sum(s) / seeds) for method, s in squares.items()},
         )
 
 
 def _cosines(g: Tensor) -> Tensor:
     n = g.diagonal().sqrt()
     return g / n / n[:, None]
-
-
-def _pairs(matrix: Tensor) -> list[float]:
-    rows, columns = torch.triu_indices(len(matrix), len(matrix), 1)
-    found: list[float] = matrix[rows, columns].tolist()
-    return found
 
 
 def _angle(method: str, exact: Tensor, found: Tensor) -> float:

@@ -77,14 +77,14 @@ class Sketch:
 
     Signs and shifts are a function of seed, step and P alone, drawn from no generator: the same
     for all rows, on every device, and in a resumed run. They are fresh at every step. Then the
-    estimate is unbiased at parameters that earlier signs had a part in, and errors average out
-    also where gradients change slowly: over 60 steps of LeNet on one batch of 256, at Adam's
-    lr = 1e-4 and k = 4,096, the mean error of a cosine was 0.0019, and 0.0080 with fixed signs; on
-    a fresh batch of 32 a step it was 0.0021 and 0.0020. It costs a fifth of what folding one row
-    does.
+    estimate is unbiased also at parameters that earlier signs had a part in, and errors average
+    out where gradients change slowly: over 60 steps of LeNet on one batch, at k = 4,096, the mean
+    error of a cosine was 0.0019, and 0.0089 with fixed signs (with a new batch of 32 at every step
+    0.0018 and 0.0020; `speed sketch --average 60`). They cost no more than folding one more row.
 
-    The sketch is linear: the mean of several processes' sketches at the same step is the sketch
-    of their mean rows. `sketch` gives `[T, k]` for that, and `Sketched.found` goes on from it.
+    The sketch is linear: the mean of several processes' sketches at the same step, of the same
+    shared parameters, is the sketch of their mean rows. `sketch` gives `[T, k]` for that, and
+    `Sketched.found` goes on from it.
 
     Args:
         size: k, at least 1.
@@ -222,7 +222,7 @@ class _Fold:
         shifts[:1] = [0] * min(1, n_blocks)
         buffer = torch.empty(min(n_lanes * width, total), dtype=dtype, device=device)
         signs = _signs(_key(seed, step, 0), total, device)
-        blocks = list(torch.split(buffer, width))
+        blocks, lanes = list(torch.split(buffer, width)), self.lanes.unbind()
         self._chunks = []
         for start in range(0, total, n_lanes * width):
             end = min(start + n_lanes * width, total)
@@ -231,7 +231,7 @@ class _Fold:
             first = start // width
             targets = [
                 lane.narrow(0, shift, len(block))
-                for lane, shift, block in zip(self.lanes, shifts[first:], blocks, strict=False)
+                for lane, shift, block in zip(lanes, shifts[first:], blocks, strict=False)
             ]
             self._chunks.append(
                 _Chunk(

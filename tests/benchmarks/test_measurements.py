@@ -1,6 +1,7 @@
 """The commands that measure gradbal itself: they run, and say what was wrong."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -147,8 +148,11 @@ def test_speed_scaling_counts_the_passes_of_a_step():
 
 def test_speed_sketch_prints_each_row_and_the_worst():
     arguments = ["--models", "lenet", "--sizes", "64,1000000", "--steps", "0,1", "--seeds", "2"]
-    done = run("speed", "sketch", *arguments)
+    done = run("speed", "sketch", *arguments, "--average", "1")
     assert done.exit_code == 0
+    # Over one step it is the same.
+    fresh, fixed = re.search(r"^one batch, .*: ([0-9.]+), ([0-9.]+)$", done.output, re.M).groups()
+    assert 0 < float(fresh) == float(fixed) < 4 / 64
     lines = [line.split("│") for line in done.output.splitlines() if line.startswith("│")]
     names = [line[1].strip() for line in lines]
     assert names == ["lenet"] * 4 + ["worst"] * 2
@@ -196,7 +200,7 @@ def test_speed_methods_measures_what_backward_alone_can_drive():
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "sketch", "--models", "lenet,vgg"], "`--models` must be among lenet, resnet18"),
         (["speed", "sketch", "--sizes", "0"], "`--sizes` must be numbers from 1 on, found '0'"),
-        (["speed", "sketch", "--steps", "5,1"], "`--steps` rising, found 20, '5,1'"),
+        (["speed", "sketch", "--steps", "5,1"], "`--steps` rising, found 20, 0, '5,1'"),
         (["speed", "methods", "--growth", "a"], "must be numbers from 2 on, found 'a'"),
         (["speed", "methods", "--tasks", "1"], "`--tasks` must be at least 2"),
         (["speed", "methods", "--methods", "sum,mgda_ub"], "found 'mgda_ub'"),
