@@ -118,6 +118,32 @@ def test_a_row_that_is_not_longer_is_copied_with_signs(n_columns: int) -> None:
     assert not torch.equal(sketched(normal(3, 513), 512).abs(), normal(3, 513).abs())
 
 
+def test_every_column_goes_to_one_place_with_a_sign() -> None:
+    matrix = sketched(torch.eye(300, dtype=torch.float64), 64)
+    assert torch.equal(matrix.abs().sum(1), torch.ones(300, dtype=torch.float64))
+    assert matrix.unique().tolist() == [-1, 0, 1]
+    # No two columns of a block of 64 meet.
+    assert all(block.abs().sum(0).max() == 1 for block in matrix.split(64))
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 200, 640])
+def test_how_many_columns_are_folded_at_a_time_does_not_matter(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = [normal(n).requires_grad_() for n in (5, 130, 1, 700, 64, 100)]
+    # The second loss does not reach the fourth parameter, nor the third one the first.
+    reached = [parameters, [*parameters[:3], *parameters[4:]], parameters[1:]]
+    losses = [sum(p.square().sum() * (i + 1) for p in chosen) for i, chosen in enumerate(reached)]
+    found = [Sketch(64).sketch(_roots(losses), parameters, None, frozenset()).sketches]
+    monkeypatch.setattr("gradbal.jacobian.sketch._CHUNK", chunk)
+    found.append(Sketch(64).sketch(_roots(losses), parameters, None, frozenset()).sketches)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+    part = torch.cat(
+        [2 * p.detach() if i != 3 else 0 * p.detach() for i, p in enumerate(parameters)]
+    )
+    torch.testing.assert_close(found[1][1], sketched(2 * part[None], 64)[0], rtol=0, atol=1e-12)
+
+
 def test_the_sketch_is_linear() -> None:
     rows = normal(2, 5000)
     mixed = torch.cat([rows, 3 * rows[:1] - 0.5 * rows[1:]])
