@@ -189,11 +189,78 @@ def methods_command(
         _print_growth(console, counts, rounds)
 
 
+@speed.command(name="sketch")
+def sketch_command(
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "lenet,resnet18,transformer",
+    sizes: Annotated[
+        str, typer.Option(help="Values of k, comma-separated.")
+    ] = "1024,4096,16384,65536,262144",
+    steps: Annotated[
+        str, typer.Option(help="Steps of training before, rising, comma-separated.")
+    ] = "0,50",
+    seeds: Annotated[int, typer.Option(help="Of the sketch.")] = 20,
+    average: Annotated[
+        int, typer.Option(help="Steps over which errors are averaged as well; 0 for none.")
+    ] = 0,
+) -> None:
+    """How far `jacobian="sketch"` is off: cosines, and directions of three methods."""
+    from benchmarks.speed.sketch import METHODS, MODELS, Row, average_errors, measure, worst
+
+    chosen = models.split(",")
+    unknown = [m for m in chosen if m not in MODELS]
+    if unknown:
+        _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
+    ks, moments = _numbers("--sizes", sizes, 1), _numbers("--steps", steps, 0)
+    if seeds < 1 or average < 0 or moments != sorted(moments):
+        _stop(
+            BadInput(
+                "`--seeds` must be positive, `--average` not negative and `--steps` rising, found "
+                f"{seeds}, {average}, {steps!r}"
+            )
+        )
+    console = Console(highlight=False)
+    console.width = max(console.width, 96)
+    rows: list[Row] = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(chosen) * len(moments) * len(ks))
+            for row in measure(chosen, ks, moments, seeds):
+                rows.append(row)
+                progress.advance(task)
+    except BenchmarkError as error:
+        _stop(error)
+    table = Table(title="Errors of cosines, and angles to the exact direction")
+    for heading in ("model", "P", "steps", "k", "rms", "largest", *METHODS):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for row in [*rows, *worst(rows)]:
+        where = (
+            (row.model, f"{row.n_shared:,}", str(row.n_steps)) if row.model else ("worst", "", "")
+        )
+        angles = [f"{row.angles[method]:.2f}°" for method in METHODS]
+        table.add_row(*where, f"{row.size:,}", f"{row.rms:.4f}", f"{row.largest:.4f}", *angles)
+    console.print(table)
+    console.print(
+        f"{seeds} seeds, T = 4 tasks on MNIST digits, batch 32, float32; angles are root mean "
+        "squares over the seeds. A cosine c has a standard error of (1 − c²)/√k."
+    )
+    if average:
+        console.print(
+            f"Mean error of a cosine over {average} of Adam's steps, LeNet, k = 4,096, with fresh "
+            "and with fixed signs:"
+        )
+        for what, (fresh, fixed) in average_errors(average, seeds).items():
+            console.print(f"{what}: {fresh:.4f}, {fixed:.4f}")
+
+
+def _numbers(option: str, given: str, least: int) -> list[int]:
+    numbers = [int(n) if n.strip().isdigit() else -1 for n in given.split(",")]
+    if min(numbers) < least:
+        _stop(BadInput(f"`{option}` must be numbers from {least} on, found {given!r}"))
+    return numbers
+
+
 def _counts(tasks: str) -> list[int]:
-    counts = [int(t) if t.strip().isdigit() else 0 for t in tasks.split(",")]
-    if min(counts) < 2:
-        _stop(BadInput(f"`--tasks` must be numbers from 2 on, found {tasks!r}"))
-    return counts
+    return _numbers("--tasks", tasks, 2)
 
 
 def residuals(

@@ -26,6 +26,7 @@ from gradbal.jacobian import (
     GramianEngine,
     Rows,
     RowsEngine,
+    Sketch,
     combine,
     cross_gramian,
     gramian,
@@ -242,6 +243,14 @@ class Balancer:
             # The weights of a sum of micro-batches are known only at the end.
             return accumulate and not self.aggregator.linear
         return self._refreshes()
+
+    def check_gathers(self) -> None:
+        """Whether gradients can be kept for the next call."""
+        if isinstance(self.engine, Sketch):
+            raise ValueError(
+                'accumulate=True needs an engine that keeps gradients, found jacobian="sketch", '
+                'which takes them once more with the weights; use "loop", or one larger batch'
+            )
 
     def _refreshes(self) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
@@ -518,6 +527,9 @@ class Balancer:
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
+        if isinstance(self.engine, Sketch):
+            # Part of the checkpoint: a resumed run draws the same signs.
+            self.engine.step = self.n_steps
         taken = self.engine.take(roots, call.parameters, self.shared_params, call.absent)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)

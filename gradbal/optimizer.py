@@ -14,6 +14,7 @@ from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checks import (
     check_call,
     check_closures,
+    check_engine,
     check_fit,
     check_options,
     check_positive,
@@ -62,13 +63,18 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: the shared parameters, where the graph should not decide.
         heads: what task-specific parameters get: "own", their gradient as it is; "weighted", it
             times their task's weight; None, the method's own choice.
-        jacobian: the engine that takes the gradients; so far "loop", and "auto" which picks it.
+        jacobian: the engine that takes the gradients. "loop" takes the rows of J one after the
+            other; "sketch" keeps `k` numbers of each of them instead of P, and estimates the
+            Gramian: T·k numbers in place of T·P, for methods that the Gramian suffices;
+            "auto" is "loop" so far.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
         nonfinite: what happens on NaN and inf. "raise" a `NonFiniteError`; "skip" the step, which
             is counted; "drop" the task from this step. A scalarizer sees the losses alone.
         process_group: reserved.
+        sketch_size: k of jacobian="sketch", 65,536 if left out. Cosines are off by 1/√k (one
+            standard error), and exact where P ≤ k.
         match_sum: multiply the shared gradient by T, for methods whose d is g where all gradients
             are g; the gradients of heads stay as they are. Some official codes do so, to keep the
             learning rate of a sum of losses.
@@ -106,6 +112,7 @@ class MultiTaskOptimizer(Optimizer):
         nonfinite: Literal["raise", "skip", "drop"] = "raise",
         process_group: Any = None,
         match_sum: bool = False,
+        sketch_size: int | None = None,
         **aggregator_kwargs: Any,
     ) -> None:
         # The base class is not initialised: it would make a second set of groups and state.
@@ -118,6 +125,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
         check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
+        check_engine(self.aggregator, jacobian, sketch_size)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
@@ -139,7 +147,7 @@ class MultiTaskOptimizer(Optimizer):
             loss_transform=loss_transform,
             nonfinite=nonfinite,
             match_sum=match_sum,
-            engine=make_engine(jacobian),
+            engine=make_engine(jacobian, sketch_size=sketch_size),
         )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
@@ -159,7 +167,8 @@ class MultiTaskOptimizer(Optimizer):
 
     @property
     def gramian(self) -> Tensor | None:
-        """`JJᵀ [T, T]` in float64 at the last step; None where no Jacobian was taken."""
+        """`JJᵀ [T, T]` in float64 at the last step, estimated with jacobian="sketch"; None where no
+        Jacobian was taken."""
         return self._balancer.gramian
 
     @property
@@ -256,7 +265,8 @@ class MultiTaskOptimizer(Optimizer):
             retain_graph: keep the losses' graph.
 
         Raises:
-            TypeError, ValueError: losses that are not what is said above; nothing has changed then.
+            TypeError, ValueError: losses that are not what is said above, or `accumulate` with
+                jacobian="sketch"; nothing has changed then.
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
                 has changed, except that pending gradients are given up if it was a gradient.
         """
@@ -271,6 +281,8 @@ class MultiTaskOptimizer(Optimizer):
                 check_positive(each)
         parameters = self._trained()
         single_pass = not balancer.needs_jacobian(accumulate)
+        if accumulate and not single_pass:
+            balancer.check_gathers()
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.

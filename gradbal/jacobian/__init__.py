@@ -12,6 +12,7 @@ from gradbal.jacobian.engines import (
     make_engine,
 )
 from gradbal.jacobian.graph import (
+    Root,
     check_dense,
     hooks_held_back,
     reached_parameters,
@@ -28,6 +29,7 @@ from gradbal.jacobian.products import (
     wants_exact,
 )
 from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.sketch import Sketch, Sketched
 
 __all__ = [
     "BLOCK",
@@ -37,8 +39,11 @@ __all__ = [
     "Engine",
     "Found",
     "GramianEngine",
+    "Root",
     "Rows",
     "RowsEngine",
+    "Sketch",
+    "Sketched",
     "check_dense",
     "combine",
     "cross_gramian",

@@ -77,12 +77,21 @@ class GramianEngine(Protocol):
 Engine = RowsEngine | GramianEngine
 
 
-def make_engine(name: str) -> Engine:
+def make_engine(name: str, *, sketch_size: int | None = None) -> Engine:
     """The engine of that name.
+
+    Args:
+        name: one of `ENGINES`.
+        sketch_size: k of the sketch; None for its default.
 
     Raises:
         NotImplementedError: it is not there yet.
     """
+    if name == "sketch":
+        # It is built on the definitions of this file.
+        from gradbal.jacobian.sketch import SIZE, Sketch
+
+        return Sketch(SIZE if sketch_size is None else sketch_size)
     if name not in ("auto", "loop"):
         raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')
     return Loop()

@@ -13,6 +13,7 @@ __all__ = [
     "Reach",
     "Root",
     "check_dense",
+    "common_kind",
     "hooks_held_back",
     "reached_parameters",
     "shared_indices",
@@ -103,6 +104,24 @@ def shared_indices(
             else f"no loss reaches any of the {len(explicit)} `shared_params` or `layer` tensors"
         )
     return shared
+
+
+def common_kind(parameters: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """The device of the shared parameters, and the dtype that holds the gradients of all of them.
+
+    Raises:
+        ValueError: they are on several devices.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the shared parameters must be on one device, found "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
+    dtype = parameters[0].dtype
+    for p in parameters[1:]:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return parameters[0].device, dtype
 
 
 def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from gradbal.jacobian.graph import (
     Reach,
     Root,
     check_dense,
+    common_kind,
     hooks_held_back,
     reached_parameters,
     shared_indices,
@@ -241,17 +242,9 @@ class Rows:
     def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
         shared = shared_indices(parameters, reach, self.shared_parameters)
         chosen = [parameters[k] for k in shared]
-        devices = {p.device for p in chosen}
-        if len(devices) > 1:
-            raise ValueError(
-                "the shared parameters must be on one device, found "
-                f"{', '.join(sorted(map(str, devices)))}"
-            )
-        dtype = chosen[0].dtype
-        for p in chosen[1:]:
-            dtype = torch.promote_types(dtype, p.dtype)
+        device, dtype = common_kind(chosen)
         sizes = [p.numel() for p in chosen]
-        buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=chosen[0].device)
+        buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=device)
         return _Layout(parameters, reach, shared, buffer)
 
     def head_extremes(self) -> Tensor:

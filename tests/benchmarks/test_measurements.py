@@ -1,6 +1,7 @@
 """The commands that measure gradbal itself: they run, and say what was wrong."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -145,6 +146,26 @@ def test_speed_scaling_counts_the_passes_of_a_step():
     assert all(r.ratio > 0 for r in rows)
 
 
+def test_speed_sketch_prints_each_row_and_the_worst():
+    arguments = ["--models", "lenet", "--sizes", "64,1000000", "--steps", "0,1", "--seeds", "2"]
+    done = run("speed", "sketch", *arguments, "--average", "1")
+    assert done.exit_code == 0
+    # Over one step it is the same.
+    fresh, fixed = re.search(r"^one batch, .*: ([0-9.]+), ([0-9.]+)$", done.output, re.M).groups()
+    assert 0 < float(fresh) == float(fixed) < 4 / 64
+    lines = [line.split("│") for line in done.output.splitlines() if line.startswith("│")]
+    names = [line[1].strip() for line in lines]
+    assert names == ["lenet"] * 4 + ["worst"] * 2
+    small, large = [[line for line in lines if line[4].strip() == k] for k in ("64", "1,000,000")]
+    for column in (5, 6):
+        figures = [float(line[column]) for line in small]
+        assert figures[2] == max(figures[:2])
+        # A standard error of up to 1/√64, and no error where P ≤ k.
+        assert 0.01 < figures[2] < 4 / 8
+        assert all(float(line[column]) == 0 for line in large)
+    assert all(line[7].strip() == "0.00°" for line in large)
+
+
 def test_speed_methods_prints_what_grows_with_the_tasks():
     done = run("speed", "methods", "--methods", "sum", "--rounds", "1", "--growth", "2,3")
     assert done.exit_code == 0
@@ -177,6 +198,9 @@ def test_speed_methods_measures_what_backward_alone_can_drive():
         (["speed", "engines", "--tasks", "a"], "`--tasks` must be numbers from 2 on, found 'a'"),
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "sketch", "--models", "lenet,vgg"], "`--models` must be among lenet, resnet18"),
+        (["speed", "sketch", "--sizes", "0"], "`--sizes` must be numbers from 1 on, found '0'"),
+        (["speed", "sketch", "--steps", "5,1"], "`--steps` rising, found 20, 0, '5,1'"),
         (["speed", "methods", "--growth", "a"], "must be numbers from 2 on, found 'a'"),
         (["speed", "methods", "--tasks", "1"], "`--tasks` must be at least 2"),
         (["speed", "methods", "--methods", "sum,mgda_ub"], "found 'mgda_ub'"),
