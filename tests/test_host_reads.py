@@ -21,7 +21,7 @@ from gradbal.aggregators.famo import FAMO
 from gradbal.aggregators.imtl import IMTL
 from gradbal.aggregators.marigold import Marigold
 from gradbal.jacobian import BLOCK, SMALL, Rows, combine, cross_gramian, gramian
-from tests.accelerator import DEVICE, Accelerator, Traffic
+from benchmarks.accelerator import DEVICE, Accelerator, Traffic
 from tests.states import root_at_zero
 from tests.zoo import ZOO, Plain, make, optimizer, targets
 
