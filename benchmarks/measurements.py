@@ -71,7 +71,7 @@ def engines(
         _stop(error)
     console = Console(highlight=False)
     # On fewer columns figures would be cut off.
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     on_gpu = plan.device.type == "cuda"
     unit = "wall clock, synchronised" if on_gpu else "CPU time"
     found: list[Cell] = []

@@ -50,9 +50,9 @@ _SETTINGS: dict[str, tuple[int | None, bool]] = {
 _PER_INSTANCE = "instance"
 """The engine that takes one loss an instance, and not a list of task losses."""
 
-_MOST_TRIALS = 40
-_TRIALS = 8
+_TRIALS, _MOST_TRIALS = 8, 40
 _SAME_FOR = 5
+"""Calls that "auto" gets before it is measured, and for how many it has to name the same engine."""
 
 Call = Callable[[Tensor, list[Tensor]], None]
 
@@ -81,16 +81,15 @@ class Contestant:
 
     def warm_up(self, batch: Tensor) -> None:
         """Makes buffers, and lets an engine that tries others settle on one."""
-        reported: list[str] = []
-        for number in range(1, _MOST_TRIALS + 1):
-            self.call(*self.prepare(batch))
-            if self.optimizer is None or self.name != "auto":
-                if number == 2:
-                    break
-                continue
-            reported.append(self.engine or "")
-            if number >= _TRIALS and len(set(reported[-_SAME_FOR:])) == 1:
+        self.call(*self.prepare(batch))
+        if self.name != "auto":
+            return
+        reported = [self.engine]
+        while len(reported) < _TRIALS or len(set(reported[-_SAME_FOR:])) > 1:
+            if len(reported) == _MOST_TRIALS:
                 break
+            self.call(*self.prepare(batch))
+            reported.append(self.engine)
 
     @property
     def engine(self) -> str | None:

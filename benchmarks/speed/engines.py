@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import statistics
 import time
 import warnings
@@ -125,6 +126,9 @@ def measure(plan: Plan) -> Iterator[Cell]:
     for name in plan.models:
         MODELS[name](2)
     before = torch.get_num_threads()
+    # Garbage is looked for among what comes from here on: all modules are too much for every count.
+    gc.collect()
+    gc.freeze()
     try:
         for name in plan.models:
             torch.set_num_threads(plan.threads[0])
@@ -132,6 +136,7 @@ def measure(plan: Plan) -> Iterator[Cell]:
             for n_tasks in plan.task_counts:
                 yield from _measure(name, n_tasks, plan, needs)
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
 
 
@@ -161,7 +166,7 @@ def _measure(name: str, n_tasks: int, plan: Plan, needs: Mapping[str, int]) -> I
     others = opponents(plan.method, n_tasks)
     for each in [*others[:2], *_engines(plan), *others[2:]]:
         need = needs.get(each, 0) * n_tasks / 2 / GIB
-        if need > plan.memory:
+        if need > plan.memory and each not in (BARE, PLAIN):
             reason = f"would need about {need:.1f} GiB, --memory is {plan.memory:g}"
             counts[each] = _Count(reason=reason)
         else:
@@ -195,6 +200,8 @@ def _count(name: str, model: Heads, batch: Tensor, plan: Plan, bytes_alone: bool
     except MissingExtra:
         raise
     except Exception as error:  # whatever a library does not support
+        if name in (BARE, PLAIN):
+            raise
         return _Count(reason=_said(error))
     found = _Count(memory.peak, memory.held, operators.count)
     try:

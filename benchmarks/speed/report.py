@@ -47,7 +47,7 @@ def model_table(cells: Sequence[Cell], unit: str) -> Table:
         table.add_column(heading, justify="right")
     table.add_column("what", no_wrap=True)
     for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_section()
         for number, row in enumerate(cell.rows):
