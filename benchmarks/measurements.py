@@ -53,7 +53,8 @@ def engines(
         str | None, typer.Option(help="cpu or cuda; cuda where there is one if left out.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(help="A cell begins no more rounds after that, from the third on.")
+        float,
+        typer.Option(help="CPU time of a cell, after which it stops at three rounds or more."),
     ] = 20.0,
     memory: Annotated[float, typer.Option(help="GiB of tensors at once, at most.")] = 6.0,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="All figures as JSON.")] = None,
