@@ -14,7 +14,7 @@ class BadInput(BenchmarkError):
 
 
 class MissingExtra(BenchmarkError):
-    """A package of the extra `bench` is needed and not installed."""
+    """A package of an extra, `bench` mostly, is needed and not installed."""
 
-    def __init__(self, package: str, what: str) -> None:
-        super().__init__(f'{what} needs {package}: pip install "gradbal[bench]"')
+    def __init__(self, package: str, what: str, extra: str = "bench") -> None:
+        super().__init__(f'{what} needs {package}: pip install "gradbal[{extra}]"')

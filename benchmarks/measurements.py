@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,9 +15,15 @@ from rich.table import Table
 
 from benchmarks.errors import BadInput, BenchmarkError
 
+if TYPE_CHECKING:
+    from benchmarks.speed.engines import Plan
+
 __all__ = ["add_commands"]
 
 speed = typer.Typer(help="Ratios of CPU time, interleaved, medians.", no_args_is_help=True)
+
+_WITH_ENGINES = ("gramian", "jacobian")
+"""Kinds of methods that take a Jacobian, or its Gramian."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -32,39 +39,128 @@ def _speed() -> None:
 
 @speed.command()
 def engines(
-    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,conv,transformer",
-    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "3,11",
+    models: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "mlp,conv,resnet18,transformer,lstm",
+    tasks: Annotated[str, typer.Option(help="Values of T, comma-separated.")] = "2,3,11,40",
+    chosen: Annotated[
+        str | None, typer.Option("--engines", help="Comma-separated; all if left out.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 21,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    threads: Annotated[str, typer.Option(help="Threads of torch, comma-separated.")] = "1,2",
+    method: Annotated[str, typer.Option(help="The method, of both libraries.")] = "upgrad",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; cuda where there is one if left out.")
+    ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option(help="CPU time of a cell, after which it stops at three rounds or more."),
+    ] = 20.0,
+    memory: Annotated[float, typer.Option(help="GiB of tensors at once, at most.")] = 6.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="All figures as JSON.")] = None,
 ) -> None:
-    """`backward` against T bare autograd.grad passes and against TorchJD's UPGrad."""
-    from benchmarks.speed.engines import COLUMNS, measure
-    from benchmarks.speed.models import MODELS
+    """Engines of `backward` against T bare autograd.grad passes, the plain sum and TorchJD."""
+    from benchmarks.speed.engines import Cell, measure
+    from benchmarks.speed.report import COLUMNS, environment, model_table, targets, targets_table
+    from benchmarks.speed.report import write as write_json
 
-    chosen = models.split(",")
-    unknown = [m for m in chosen if m not in MODELS]
-    counts = _counts(tasks)
-    if unknown:
-        _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
-    if rounds < 1 or threads < 1:
-        _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
-    console = Console(highlight=False)
-    table = Table(title="CPU time over T bare torch.autograd.grad passes (median ratio)")
-    for heading in ("model", "T", "shared scalars", *COLUMNS):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
     try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("measuring", total=len(chosen) * len(counts))
-            for row in measure(chosen, counts, rounds, threads):
-                ratios = [f"{row.ratios[column]:.2f}" for column in COLUMNS]
-                table.add_row(row.model, str(row.n_tasks), f"{row.n_shared:,}", *ratios)
-                progress.advance(task)
+        plan = _engines_plan(
+            models, tasks, chosen, rounds, threads, method, device, seconds, memory
+        )
     except BenchmarkError as error:
         _stop(error)
-    console.print(table)
-    for column, meaning in COLUMNS.items():
-        console.print(f"{column}: {meaning}")
-    console.print(f"{rounds} rounds, {threads} thread(s), method upgrad, backward alone.")
+    console = Console(highlight=False)
+    # On fewer columns figures would be cut off.
+    console.width = max(console.width, 140)
+    on_gpu = plan.device.type == "cuda"
+    unit = "wall clock, synchronised" if on_gpu else "CPU time"
+    found: list[Cell] = []
+    per_model = len(plan.task_counts) * len(plan.threads)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(plan.models) * per_model)
+            for cell in measure(plan):
+                found.append(cell)
+                progress.advance(task)
+                if out is not None:
+                    write_json(out, plan, found)
+                if len(found) % per_model == 0:
+                    console.print(model_table(found[-per_model:], unit))
+    except BenchmarkError as error:
+        _stop(error)
+    except OSError as error:
+        _stop(BadInput(f"`--out` must be a file that can be written, found {error}"))
+    for heading, meaning in COLUMNS.values():
+        console.print(f"{heading}: {meaning}")
+    missing = {
+        f"{row.name}, {cell.model}, T = {cell.n_tasks}: {row.reason}"
+        for cell in found
+        for row in cell.rows
+        if row.reason
+    }
+    for line in sorted(missing):
+        console.print(line)
+    for count in plan.threads:
+        console.print(targets_table(targets([c for c in found if c.threads == count]), count))
+    where = environment(plan)
+    console.print(
+        f"Median ratios of interleaved rounds, method {plan.method}, torch {where['torch']}, "
+        f"TorchJD {where['torchjd']}, on {where['device']}; {where['processors']} processors, "
+        f"load {where['load']} at the end."
+    )
+    if not on_gpu:
+        console.print(
+            "Not measured on a GPU: what is known of one are the operators and the waits."
+        )
+
+
+def _engines_plan(
+    models: str,
+    tasks: str,
+    chosen: str | None,
+    rounds: int,
+    threads: str,
+    method: str,
+    device: str | None,
+    seconds: float,
+    memory: float,
+) -> Plan:
+    """Checks the command line, cheapest first."""
+    from benchmarks.speed.models import MODELS
+
+    names = models.split(",")
+    unknown = [m for m in names if m not in MODELS]
+    if unknown:
+        raise BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}")
+    task_counts, thread_counts = _counts(tasks), _counts(threads, "--threads", 1)
+    if rounds < 1 or not seconds > 0 or not memory > 0:
+        raise BadInput(
+            "`--rounds`, `--seconds` and `--memory` must be positive, found "
+            f"{rounds}, {seconds:g}, {memory:g}"
+        )
+
+    import torch
+
+    import gradbal
+    from benchmarks.speed.contestants import available_engines
+    from benchmarks.speed.engines import Plan
+
+    known = [n for n in gradbal.list_aggregators() if gradbal.info(n).kind in _WITH_ENGINES]
+    if method not in known:
+        raise BadInput(f"`--method` must be among {', '.join(known)}, found {method!r}")
+    engines = available_engines(method)
+    kept = engines if chosen is None else chosen.split(",")
+    unknown = [e for e in kept if e not in engines]
+    if unknown:
+        raise BadInput(f"`--engines` must be among {', '.join(engines)}, found {unknown[0]!r}")
+    has_gpu = torch.cuda.is_available()
+    if device not in (None, "cpu", "cuda"):
+        raise BadInput(f"`--device` must be cpu or cuda, found {device!r}")
+    if device == "cuda" and not has_gpu:
+        raise BadInput("`--device` must be cpu where there is no GPU, found 'cuda'")
+    where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    return Plan(names, task_counts, kept, rounds, thread_counts, method, where, seconds, memory)
 
 
 @speed.command()
@@ -210,7 +306,7 @@ def sketch_command(
     unknown = [m for m in chosen if m not in MODELS]
     if unknown:
         _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
-    ks, moments = _numbers("--sizes", sizes, 1), _numbers("--steps", steps, 0)
+    ks, moments = _counts(sizes, "--sizes", 1), _counts(steps, "--steps", 0)
     if seeds < 1 or average < 0 or moments != sorted(moments):
         _stop(
             BadInput(
@@ -252,15 +348,11 @@ def sketch_command(
             console.print(f"{what}: {fresh:.4f}, {fixed:.4f}")
 
 
-def _numbers(option: str, given: str, least: int) -> list[int]:
-    numbers = [int(n) if n.strip().isdigit() else -1 for n in given.split(",")]
-    if min(numbers) < least:
-        _stop(BadInput(f"`{option}` must be numbers from {least} on, found {given!r}"))
-    return numbers
-
-
-def _counts(tasks: str) -> list[int]:
-    return _numbers("--tasks", tasks, 2)
+def _counts(numbers: str, option: str = "--tasks", least: int = 2) -> list[int]:
+    counts = [int(n) if n.strip().isdigit() else -1 for n in numbers.split(",")]
+    if min(counts) < least:
+        _stop(BadInput(f"`{option}` must be numbers from {least} on, found {numbers!r}"))
+    return counts
 
 
 def residuals(

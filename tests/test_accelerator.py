@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.accelerator import DEVICE, Accelerator
+from benchmarks.accelerator import DEVICE, Accelerator
 from tests.zoo import make
 
 READS: dict[str, Callable[[Tensor], object]] = {

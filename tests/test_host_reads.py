@@ -15,13 +15,13 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 
 import gradbal
+from benchmarks.accelerator import DEVICE, Accelerator, Traffic
 from gradbal import MultiTaskOptimizer, NonFiniteError
 from gradbal.aggregators.base import Aggregator, DoubleSamplingAggregator
 from gradbal.aggregators.famo import FAMO
 from gradbal.aggregators.imtl import IMTL
 from gradbal.aggregators.marigold import Marigold
 from gradbal.jacobian import BLOCK, SMALL, Rows, combine, cross_gramian, gramian
-from tests.accelerator import DEVICE, Accelerator, Traffic
 from tests.states import root_at_zero
 from tests.zoo import ZOO, Plain, make, optimizer, targets
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.errors import MissingExtra
+
 __all__ = ["MODELS", "Heads"]
 
 
@@ -31,7 +33,7 @@ class Heads(nn.Module):
     def features_and_losses(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features `[B, F]` and T scalar losses."""
         features = self.trunk(batch)
-        labels = torch.arange(len(features)) % 10
+        labels = torch.arange(len(features), device=features.device) % 10
         losses = [
             nn.functional.cross_entropy(head(features), labels.roll(i))
             for i, head in enumerate(self.heads)
@@ -74,9 +76,37 @@ def _transformer(n_tasks: int) -> Heads:
     return Heads(_Encoder(), 192, n_tasks, lambda: torch.randn(16, 32, 192))
 
 
+def _resnet18(n_tasks: int) -> Heads:
+    """torchvision's ResNet-18 without its last layer, on 3x32x32, batch 16."""
+    try:
+        from torchvision.models import resnet18
+    except ImportError as error:
+        raise MissingExtra("torchvision", "the model resnet18", "vision") from error
+    trunk = resnet18()
+    trunk.fc = nn.Identity()
+    return Heads(trunk, 512, n_tasks, lambda: torch.randn(16, 3, 32, 32))
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(64, 256, num_layers=2, batch_first=True)
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        out: Tensor = self.lstm(sequences)[0]
+        return out.mean(1)
+
+
+def _lstm(n_tasks: int) -> Heads:
+    """Two LSTM layers of width 256, 24 steps, batch 16."""
+    return Heads(_Recurrent(), 256, n_tasks, lambda: torch.randn(16, 24, 64))
+
+
 MODELS: dict[str, Callable[[int], Heads]] = {
     "mlp": _mlp,
     "conv": _conv,
+    "resnet18": _resnet18,
     "transformer": _transformer,
+    "lstm": _lstm,
 }
 """Name → constructor from the number of tasks."""

@@ -15,7 +15,13 @@ import gradbal
 from benchmarks.errors import MissingExtra
 from gradbal.jacobian import combine, gramian
 
-__all__ = ["COUNTERPARTS", "Row", "measure_against_floor", "measure_against_torchjd"]
+__all__ = [
+    "COUNTERPARTS",
+    "Row",
+    "counterpart",
+    "measure_against_floor",
+    "measure_against_torchjd",
+]
 
 COUNTERPARTS: dict[str, str] = {
     "aligned_mtl": "AlignedMTL",
@@ -52,8 +58,12 @@ class Row:
     reason: str = ""
 
 
-def _theirs(method: str, n_tasks: int) -> Direction:
-    """TorchJD's aggregator with its defaults (and our c, n_byzantine, trim where it has none)."""
+def counterpart(method: str, n_tasks: int) -> Any:
+    """TorchJD's aggregator with its defaults (and our c, n_byzantine, trim where it has none).
+
+    Raises:
+        MissingExtra: TorchJD is not installed.
+    """
     try:
         from torchjd import aggregation
     except ImportError as error:
@@ -65,8 +75,7 @@ def _theirs(method: str, n_tasks: int) -> Direction:
         "krum": {"n_byzantine": 0},
         "trimmed_mean": {"trim_number": 1},
     }
-    made: Direction = getattr(aggregation, COUNTERPARTS[method])(**arguments.get(method, {}))
-    return made
+    return getattr(aggregation, COUNTERPARTS[method])(**arguments.get(method, {}))
 
 
 def _interleaved(ours: Direction, theirs: Direction, j: Tensor, rounds: int) -> float:
@@ -107,7 +116,7 @@ def measure_against_torchjd(
             torch.manual_seed(0)
             j = torch.randn(n_tasks, width)
             try:
-                theirs = _theirs(method, n_tasks)
+                theirs: Direction = counterpart(method, n_tasks)
                 theirs(j)
             except MissingExtra:
                 raise

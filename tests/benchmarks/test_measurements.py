@@ -13,9 +13,7 @@ from benchmarks import residuals
 from benchmarks.cli import app
 from benchmarks.jacobians import FAMILIES, SCALES, hard_jacobian
 from benchmarks.residuals import RESIDUALS, worst_residuals
-from benchmarks.speed.engines import COLUMNS, measure
 from benchmarks.speed.methods import PLAIN, drivable
-from benchmarks.speed.models import MODELS
 from benchmarks.speed.scaling import METHODS as SCALING
 from benchmarks.speed.scaling import measure as measure_scaling
 from benchmarks.speed.solvers import measure_against_floor, measure_against_torchjd
@@ -103,24 +101,6 @@ def test_the_median_and_the_worst_are_of_those_that_are_defined(monkeypatch):
     assert all(math.isnan(value) for value in worst_residuals("mgda", 5, rows("normal")))
 
 
-def test_speed_engines_measures_all_columns():
-    threads = torch.get_num_threads()
-    (row,) = measure(["conv"], [2], rounds=1)
-    assert (row.model, row.n_tasks) == ("conv", 2)
-    assert set(row.ratios) == set(COLUMNS)
-    assert all(ratio > 0 for ratio in row.ratios.values())
-    assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("name", list(MODELS))
-def test_models_share_a_trunk_and_have_a_head_each(name):
-    model = MODELS[name](3)
-    features, losses = model.features_and_losses(model.example())
-    assert features.dim() == 2
-    assert len(losses) == len(model.heads) == 3
-    assert all(loss.dim() == 0 for loss in losses)
-
-
 def test_speed_solvers_measures_both_ratios():
     rows = [*measure_against_torchjd(["mgda", "uw"], [2, 3], 1, width=10)]
     assert [(r.method, r.n_tasks) for r in rows] == [("mgda", 2), ("mgda", 3)]
@@ -197,6 +177,12 @@ def test_speed_methods_measures_what_backward_alone_can_drive():
         (["speed", "engines", "--tasks", "1"], "`--tasks` must be numbers from 2 on, found '1'"),
         (["speed", "engines", "--tasks", "a"], "`--tasks` must be numbers from 2 on, found 'a'"),
         (["speed", "engines", "--rounds", "0"], "must be positive, found 0"),
+        (["speed", "engines", "--seconds", "0"], "must be positive, found 21, 0, 6"),
+        (["speed", "engines", "--memory", "nan"], "must be positive, found 21, 20, nan"),
+        (["speed", "engines", "--threads", "1,0"], "`--threads` must be numbers from 1 on"),
+        (["speed", "engines", "--method", "uw"], "`--method` must be among aligned_mtl"),
+        (["speed", "engines", "--engines", "loop,eager"], "`--engines` must be among auto, loop"),
+        (["speed", "engines", "--device", "tpu"], "`--device` must be cpu or cuda, found 'tpu'"),
         (["speed", "solvers", "--rounds", "0"], "must be positive, found 0"),
         (["speed", "sketch", "--models", "lenet,vgg"], "`--models` must be among lenet, resnet18"),
         (["speed", "sketch", "--sizes", "0"], "`--sizes` must be numbers from 1 on, found '0'"),
