@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbal._losses import Losses, Names
-from gradbal.aggregators._arguments import one_of
+from gradbal.aggregators._arguments import integer, one_of
 from gradbal.aggregators.base import (
     Aggregator,
     BilevelAggregator,
@@ -24,6 +24,7 @@ from gradbal.registry import create, near_misses
 
 __all__ = [
     "check_call",
+    "check_chunk_size",
     "check_closures",
     "check_fit",
     "check_options",
@@ -162,6 +163,18 @@ def check_options(
     one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
     if group is not None:
         raise NotImplementedError("`process_group` (several processes) is not there yet")
+
+
+def check_chunk_size(chunk_size: Any, jacobian: str) -> None:
+    """Whether it is a number of losses, and the engine has a use for it."""
+    if chunk_size is None:
+        return
+    integer("chunk_size", chunk_size, 1)
+    if jacobian != "vmap":
+        raise ValueError(
+            f'`chunk_size` is for jacobian="vmap", found {chunk_size} for {jacobian!r}; '
+            "leave it out"
+        )
 
 
 def check_call(

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checks import (
     check_call,
+    check_chunk_size,
     check_closures,
     check_fit,
     check_options,
@@ -56,7 +57,11 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: the shared parameters, where the graph should not decide.
         heads: what task-specific parameters get: "own", their gradient as it is; "weighted", it
             times their task's weight; None, the method's own choice.
-        jacobian: the engine that takes the gradients; so far "loop", and "auto" which picks it.
+        jacobian: the engine that takes the gradients: "loop", one backward pass a loss; "vmap", the
+            part that losses share walked once for all of them, where autograd can batch it (needs
+            torch 2.5); "auto", so far the loop.
+        chunk_size: for "vmap", how many losses go together at most, which bounds its memory; None
+            for all of them.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
@@ -95,6 +100,7 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: Iterable[Tensor] | None = None,
         heads: Literal["own", "weighted"] | None = None,
         jacobian: str = "auto",
+        chunk_size: int | None = None,
         update_every: int = 1,
         loss_transform: Literal["log"] | None = None,
         nonfinite: Literal["raise", "skip", "drop"] = "raise",
@@ -112,6 +118,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
         check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
+        check_chunk_size(chunk_size, jacobian)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
@@ -133,7 +140,7 @@ class MultiTaskOptimizer(Optimizer):
             loss_transform=loss_transform,
             nonfinite=nonfinite,
             match_sum=match_sum,
-            engine=make_engine(jacobian),
+            engine=make_engine(jacobian, chunk_size=chunk_size),
         )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
@@ -377,9 +384,10 @@ class MultiTaskOptimizer(Optimizer):
         """What happened so far and at the last step.
 
         Returns:
-            engine; tasks; steps (calls of `backward` that aggregated); skipped (steps left out);
-            dropped (task → steps it sat out); shared (number of shared scalars, None before the
-            first Jacobian); weights, losses, gradient_norms `[T]` and cosines `[T, T]` as nested
+            engine (what took the last gradients); fallback (why that was the loop although "vmap"
+            was asked for, or None); tasks; steps (calls of `backward` that aggregated); skipped
+            (steps left out); dropped (task → steps it sat out); shared (number of shared scalars,
+            None before the first Jacobian); weights, losses, gradient_norms `[T]` and cosines `[T, T]` as nested
             lists, None where a method has none; conflicts, the pairs of tasks with a negative
             cosine.
         """
@@ -394,6 +402,7 @@ class MultiTaskOptimizer(Optimizer):
         balancer = self._balancer
         return {
             "engine": balancer.engine.name,
+            "fallback": getattr(balancer.engine, "fallback", None),
             "tasks": None if balancer.tasks is None else list(balancer.tasks),
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,

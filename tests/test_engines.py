@@ -11,6 +11,8 @@ from tests.zoo import ZOO, make, optimizer
 
 ENGINES: dict[str, dict[str, Any]] = {
     "loop": {},
+    "vmap": {},
+    "vmap, two at a time": {"jacobian": "vmap", "chunk_size": 2},
 }
 """Engines that all models can be trained with, and the keywords that they are tested with."""
 
@@ -24,7 +26,7 @@ def test_gradients_are_those_of_plain_autograd(
 ) -> None:
     model = make(name)
     batch = model.batch()
-    opt = optimizer(model, aggregator, heads=heads, jacobian=engine, **ENGINES[engine])
+    opt = optimizer(model, aggregator, heads=heads, **{"jacobian": engine} | ENGINES[engine])
     reference = copy.deepcopy(opt.aggregator)
     for _ in range(3):
         reference = copy.deepcopy(opt.aggregator)

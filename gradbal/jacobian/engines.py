@@ -8,8 +8,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.graph import Root
 from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.vmap import VMap
 
 __all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
 
@@ -21,14 +23,18 @@ ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 class RowsEngine(Protocol):
     """Takes the rows of the Jacobian; works for every method."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What took the last rows."""
+        ...
 
     def rows(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], retain_graph: bool
-    ) -> Iterator[tuple[Tensor | None, ...]]:
+    ) -> Iterator[tuple[Tensor | None, ...] | Block]:
         """For each root its gradients with respect to the parameters, None where it has none.
 
-        They are read before the next ones are asked for.
+        Several roots' may come as one block; either they are blocks all, or none is. They are read
+        before the next ones are asked for.
         """
         ...
 
@@ -77,12 +83,17 @@ class GramianEngine(Protocol):
 Engine = RowsEngine | GramianEngine
 
 
-def make_engine(name: str) -> Engine:
+def make_engine(name: str, *, chunk_size: int | None = None) -> Engine:
     """The engine of that name.
+
+    Args:
+        chunk_size: for "vmap", how many losses go together at most.
 
     Raises:
         NotImplementedError: it is not there yet.
     """
+    if name == "vmap":
+        return VMap(chunk_size)
     if name not in ("auto", "loop"):
         raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')
     return Loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Frontier:
     parameters are the same from its cotangents at its frontier as from the loss itself.
 
     Attributes:
+        roots: for each of T losses where its backward pass starts, and with which cotangent.
         edges: for each of T losses its frontier, without repetitions, in the order of the graph.
         own: for each of T losses the indices of parameters that it alone reaches.
         shared: the indices of parameters that two or more losses reach.
@@ -55,7 +57,7 @@ class Frontier:
         parts: list[dict[Node, tuple[Any, ...]]],
     ) -> None:
         self.nodes = nodes
-        self._roots = roots
+        self.roots = roots
         self._parameters = parameters
         self._starts = [_start(root) for root, _ in roots]
         # For each loss, the nodes of its own part that have edges into the shared part.
@@ -96,6 +98,11 @@ class Frontier:
 
         return [among(part) for part in parts], among(self.nodes)
 
+    @cached_property
+    def kinds(self) -> tuple[type, ...]:
+        """The types of the shared nodes, in the order of the walk."""
+        return tuple(map(type, self.nodes))
+
     def cotangents(
         self, *, retain_graph: bool = True
     ) -> tuple[dict[GradientEdge, Tensor], list[dict[int, Tensor]]]:
@@ -121,7 +128,7 @@ class Frontier:
         Args:
             retain_graph: keep the buffers of this part.
         """
-        root, cotangent = self._roots[i]
+        root, cotangent = self.roots[i]
         start, edges, own = self._starts[i], self.edges[i], self.own[i]
         if start[0] in self.nodes:
             return Entered({edges[0]: cotangent}, {})
