@@ -387,9 +387,9 @@ class MultiTaskOptimizer(Optimizer):
             engine (what took the last gradients); fallback (why that was the loop although "vmap"
             was asked for, or None); tasks; steps (calls of `backward` that aggregated); skipped
             (steps left out); dropped (task → steps it sat out); shared (number of shared scalars,
-            None before the first Jacobian); weights, losses, gradient_norms `[T]` and cosines `[T, T]` as nested
-            lists, None where a method has none; conflicts, the pairs of tasks with a negative
-            cosine.
+            None before the first Jacobian); weights, losses, gradient_norms `[T]` and cosines
+            `[T, T]` as nested lists, None where a method has none; conflicts, the pairs of tasks
+            with a negative cosine.
         """
         norms = cosines = conflicts = None
         if self.gramian is not None:

@@ -45,7 +45,7 @@ class Frontier:
         roots: for each of T losses where its backward pass starts, and with which cotangent.
         edges: for each of T losses its frontier, without repetitions, in the order of the graph.
         own: for each of T losses the indices of parameters that it alone reaches.
-        shared: the indices of parameters that two or more losses reach.
+        shared: index → edge of the parameters that two or more losses reach.
         nodes: the shared nodes, with the next edges of each.
     """
 
@@ -78,25 +78,27 @@ class Frontier:
 
     def _owners(
         self, parts: list[dict[Node, tuple[Any, ...]]]
-    ) -> tuple[list[list[int]], list[int]]:
-        where: dict[Node, list[int]] = {}
+    ) -> tuple[list[list[int]], dict[int, GradientEdge]]:
         leaves: dict[int, list[int]] = {}
+        inner: dict[Node, list[tuple[int, int]]] = {}
         for k, p in enumerate(self._parameters):
             if p.is_leaf:
                 leaves.setdefault(id(p), []).append(k)
             else:
-                where.setdefault(get_gradient_edge(p).node, []).append(k)
+                node, output = _start(p)
+                inner.setdefault(node, []).append((k, output))
 
-        def among(nodes: dict[Node, tuple[Any, ...]]) -> list[int]:
-            found: list[int] = []
+        def among(nodes: dict[Node, tuple[Any, ...]]) -> dict[int, GradientEdge]:
+            found: dict[int, GradientEdge] = {}
             for node in nodes:
                 if type(node) is _LEAF:
-                    found.extend(leaves.get(id(node.variable), ()))  # type: ignore[attr-defined]
-                elif node in where:
-                    found.extend(where[node])
-            return sorted(found)
+                    variable = node.variable  # type: ignore[attr-defined]
+                    found.update((k, GradientEdge(node, 0)) for k in leaves.get(id(variable), ()))
+                for k, output in inner.get(node, ()):
+                    found[k] = GradientEdge(node, output)
+            return dict(sorted(found.items()))
 
-        return [among(part) for part in parts], among(self.nodes)
+        return [list(among(part)) for part in parts], among(self.nodes)
 
     @cached_property
     def kinds(self) -> tuple[type, ...]:
@@ -219,7 +221,7 @@ def find_frontier(roots: Sequence[Root], parameters: Sequence[Tensor]) -> Fronti
         >>> losses = [z * v, z * z]
         >>> one = torch.tensor(1.0)
         >>> found = find_frontier([(loss, one) for loss in losses], [w, v])
-        >>> found.shared, found.own
+        >>> list(found.shared), found.own
         ([0], [[1], []])
         >>> cotangents, heads = found.cotangents()
         >>> [c.tolist() for c in cotangents.values()], heads

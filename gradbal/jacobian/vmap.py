@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode
 
 from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.frontier import Frontier, find_frontier
@@ -22,6 +23,8 @@ _KNOWN = 64
 """Graphs that are remembered to work."""
 
 _STARTS_FROM_EDGES = hasattr(Node, "_input_metadata")
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 _Graph = tuple[type, ...]
 
@@ -125,7 +128,7 @@ class VMap:
         if len(job) == 1:
             return [_alone(frontier.roots[job[0]], job[0], parameters, keep)]
         try:
-            return _together(frontier, parameters, job, keep or not known)
+            return _together(frontier, job, keep or not known)
         except Exception as error:
             graph = frontier.kinds
             self._works.pop(graph, None)
@@ -159,9 +162,16 @@ def _alone(root: Root, i: int, parameters: Sequence[Tensor], keep: bool) -> Bloc
     return Block([i], {}, [{k: g for k, g in enumerate(grads) if g is not None}])
 
 
-def _together(
-    frontier: Frontier, parameters: Sequence[Tensor], job: list[int], keep: bool
-) -> list[Block]:
+class _NoData(TorchFunctionMode):
+    """Refuses `tensor.data` in backward functions and hooks: of a batched tensor, it crashes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA:
+            raise RuntimeError("`.data` of a gradient is not there in a batched pass")
+        return func(*args, **(kwargs or {}))
+
+
+def _together(frontier: Frontier, job: list[int], keep: bool) -> list[Block]:
     """Each loss's own part, then the shared part once for all that have cotangents alike."""
     entered = [frontier.walk(i, retain_graph=keep) for i in job]
     groups: dict[frozenset[GradientEdge], list[int]] = {}
@@ -172,14 +182,17 @@ def _together(
         edges = list(entered[places[0]].cotangents)
         stacked = {}
         if edges and frontier.shared:
-            grads = torch.autograd.grad(
-                edges,
-                [parameters[k] for k in frontier.shared],
-                [torch.stack([entered[p].cotangents[e] for p in places]) for e in edges],
-                retain_graph=keep or n < len(groups) - 1,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            rows = [torch.stack([entered[p].cotangents[e] for p in places]) for e in edges]
+            with _NoData():
+                # Edges alone, with which the call itself does not go through the mode.
+                grads = torch.autograd.grad(
+                    edges,
+                    [*frontier.shared.values()],
+                    rows,
+                    retain_graph=keep or n < len(groups) - 1,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
             found = zip(frontier.shared, grads, strict=True)
             stacked = {k: g for k, g in found if g is not None}
         single = [entered[p].heads for p in places]
