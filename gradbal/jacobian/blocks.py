@@ -15,7 +15,8 @@ class Block:
     """The gradients of t losses.
 
     tasks: their places among the roots, ascending. stacked: index → `[t, *shape]`, for parameters
-    that all of them reach. single: for each of them, index → gradient of the others it reaches.
+    that all of them reach; emptied when it is written. single: for each of them, index → gradient
+    of the others it reaches.
     """
 
     tasks: Sequence[int]

@@ -280,6 +280,8 @@ class Rows:
             _add(self.heads[i], head)
         if targets:
             (torch._foreach_add_ if accumulate else torch._foreach_copy_)(targets, parts)
+        # Whoever still has the block, the next one is computed without it.
+        block.stacked.clear()
         return True
 
     def _loosen(self, layout: _Layout, written: Sequence[int]) -> list[dict[int, Tensor]]:

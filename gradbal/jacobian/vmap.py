@@ -85,21 +85,26 @@ class VMap:
             self.fallback = f"torch 2.5 or later is needed, found {torch.__version__}"
         elif torch.is_anomaly_enabled():
             self.fallback = "anomaly detection looks at every gradient"
-        elif len(self._fails) >= FAILURES:
-            self.fallback = next(reversed(self._fails.values()))
-        elif len(roots) > 1:
-            frontier = find_frontier(roots, parameters)
-            if all(len(job) == 1 for job in self._jobs(frontier)):
-                self.fallback = "no two losses enter the shared part at the same edges"
-                return None
-            graph = frontier.kinds
-            if graph not in self._fails and graph not in self._works:
-                self._refuse_compiled(frontier)
-            self.fallback = self._fails.get(graph)
-            return frontier if self.fallback is None else None
-        else:
+        elif len(roots) == 1:
             self.fallback = "there is one loss alone"
-        return None
+        if self.fallback is not None:
+            return None
+        frontier = find_frontier(roots, parameters)
+        if all(len(job) == 1 for job in self._jobs(frontier)):
+            self.fallback = "no two losses enter the shared part at the same edges"
+        elif frontier.kinds not in self._works:
+            self.fallback = self._known_reason(frontier)
+        return frontier if self.fallback is None else None
+
+    def _known_reason(self, frontier: Frontier) -> str | None:
+        """Why a graph that is not known to work is not tried, or None if it is."""
+        if frontier.kinds not in self._fails:
+            if len(self._fails) >= FAILURES:
+                return next(reversed(self._fails.values()))
+            # Compiled code may reach for the memory of a tensor, which a batched one does not have.
+            if any(node.name().startswith("CompiledFunction") for node in frontier.nodes):
+                self._fails[frontier.kinds] = "a part of the model is compiled"
+        return self._fails.get(frontier.kinds)
 
     def _jobs(self, frontier: Frontier) -> list[list[int]]:
         """Which losses go together, at most `chunk_size` of them."""
@@ -140,11 +145,6 @@ class VMap:
                 f'before, found {self.fallback}; use jacobian="loop"'
             ) from error
 
-    def _refuse_compiled(self, frontier: Frontier) -> None:
-        """Compiled code may reach for the memory of a tensor, which a batched one does not have."""
-        if any(node.name().startswith("CompiledFunction") for node in frontier.nodes):
-            self._fails[frontier.kinds] = "a part of the model is compiled"
-
     def __getstate__(self) -> dict[str, Any]:
         # Classes of nodes cannot be pickled, and it is found out again what works.
         return {"chunk_size": self.chunk_size}
@@ -182,7 +182,7 @@ def _together(frontier: Frontier, job: list[int], keep: bool) -> list[Block]:
         edges = list(entered[places[0]].cotangents)
         stacked = {}
         if edges and frontier.shared:
-            rows = [torch.stack([entered[p].cotangents[e] for p in places]) for e in edges]
+            rows = [torch.stack([entered[p].cotangents.pop(e) for p in places]) for e in edges]
             with _NoData():
                 # Edges alone, with which the call itself does not go through the mode.
                 grads = torch.autograd.grad(
