@@ -32,7 +32,7 @@ def _check(roots: list[Root], parameters: list[Tensor], tolerance: float = 1e-12
     for i, (root, c) in enumerate(roots):
         wanted = torch.autograd.grad(root, parameters, c, retain_graph=True, allow_unused=True)
         entered = frontier.walk(i)
-        assert list(entered.cotangents) == frontier.edges[i]
+        assert set(entered.cotangents) == set(frontier.edges[i])
         found = dict(entered.heads)
         if entered.cotangents:
             shared = torch.autograd.grad(
@@ -219,5 +219,5 @@ def test_random_graphs(start: int) -> None:
     n_nested = 0
     for seed in range(start, start + 50):
         frontier = _check(*_random_graph(seed), 1e-6)
-        n_nested += any(frontier._is_nested(i) for i in range(len(frontier.edges)))
+        n_nested += any(frontier._nested.values())
     assert n_nested, "no graph has an entry behind another"

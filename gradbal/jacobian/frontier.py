@@ -114,7 +114,7 @@ class Frontier:
             For each edge of the frontier the cotangents `[T, *shape]`, zero where a loss does not
             enter there; and for each loss, index → gradient of the parameters it alone reaches.
         """
-        entered = [self.walk(i, retain_graph=retain_graph) for i in range(len(self.edges))]
+        entered = self.walks(range(len(self.edges)), retain_graph=retain_graph)
         found: dict[GradientEdge, Tensor] = {}
         for each in entered:
             for edge, c in each.cotangents.items():
@@ -130,37 +130,49 @@ class Frontier:
         Args:
             retain_graph: keep the buffers of this part.
         """
-        root, cotangent = self.roots[i]
-        start, edges, own = self._starts[i], self.edges[i], self.own[i]
-        if start[0] in self.nodes:
-            return Entered({edges[0]: cotangent}, {})
-        inputs: list[Any] = [*edges, *(self._parameters[k] for k in own)]
-        if not inputs:
-            return Entered({}, {})
-        slots = {(e.node, e.output_nr) for e in edges}
-        catch = _Catch(slots, stop=self._is_nested(i))
-        handles = [door.register_hook(catch.at(door)) for door in self._doors[i]]
+        return self.walks([i], retain_graph=retain_graph)[0]
+
+    def walks(self, tasks: Sequence[int], *, retain_graph: bool = True) -> list[Entered]:
+        """Walks the own parts of some losses, in one pass."""
+        entered = [Entered({}, {}) for _ in tasks]
+        edges: dict[GradientEdge, None] = {}
+        walked: list[tuple[int, Entered]] = []
+        for i, each in zip(tasks, entered, strict=True):
+            if self._starts[i][0] in self.nodes:
+                each.cotangents[self.edges[i][0]] = self.roots[i][1]
+            elif self.edges[i] or self.own[i]:
+                edges.update(dict.fromkeys(self.edges[i]))
+                walked.append((i, each))
+        if not walked:
+            return entered
+        own = [(k, each) for i, each in walked for k in self.own[i]]
+        starts: list[Any] = [self.roots[i][0] for i, _ in walked]
+        inputs: list[Any] = [*edges, *(self._parameters[k] for k, _ in own)]
+        stop = self._is_nested(frozenset(edge.node for edge in edges))
+        handles = [
+            door.register_hook(_caught(door, self.edges[i], each.cotangents, stop))
+            for i, each in walked
+            for door in self._doors[i]
+        ]
         try:
             grads = torch.autograd.grad(
-                root,
+                starts,
                 inputs,
-                cotangent,
+                [self.roots[i][1] for i, _ in walked],
                 # Where an edge lies behind another, the shared part is walked, with nothing.
-                retain_graph=retain_graph or catch.stop,
+                retain_graph=retain_graph or stop,
                 allow_unused=True,
             )
         finally:
             for handle in handles:
                 handle.remove()
-        heads = zip(own, grads[len(edges) :], strict=True)
-        return Entered(
-            {e: c for e in edges if (c := catch.found.get((e.node, e.output_nr))) is not None},
-            {k: g for k, g in heads if g is not None},
-        )
+        for (k, each), g in zip(own, grads[len(edges) :], strict=True):
+            if g is not None:
+                each.heads[k] = g
+        return entered
 
-    def _is_nested(self, i: int) -> bool:
-        """Whether some edge of the frontier of loss i lies behind another one."""
-        ends = frozenset(e.node for e in self.edges[i])
+    def _is_nested(self, ends: frozenset[Node]) -> bool:
+        """Whether some of these nodes lie behind others."""
         if len(ends) < 2:
             return False
         if ends not in self._nested:
@@ -206,6 +218,32 @@ class _Catch:
             )
 
         return hook
+
+
+def _caught(
+    door: Node, edges: Sequence[GradientEdge], into: dict[GradientEdge, Tensor], stop: bool
+) -> Callable[[Any, Any], Any]:
+    """A hook that takes what a node of a loss's own part sends over the frontier, edge by edge.
+
+    What autograd captures at an edge would be the sum of all paths to it, those through the shared
+    part among them, and with the hooks of users on the tensor there, which run again when the pass
+    goes on from it.
+
+    Args:
+        stop: send nothing on.
+    """
+    known: dict[Any, GradientEdge] = {(e.node, e.output_nr): e for e in edges}
+    crossed = [known.get(slot) for slot in door.next_functions]
+
+    def hook(sent: tuple[Tensor | None, ...], _: Any) -> Any:
+        for edge, c in zip(crossed, sent, strict=True):
+            if edge is not None and c is not None:
+                into[edge] = into[edge] + c if edge in into else c
+        if not stop:
+            return None
+        return tuple(c if e is None else None for e, c in zip(crossed, sent, strict=True))
+
+    return hook
 
 
 def find_frontier(roots: Sequence[Root], parameters: Sequence[Tensor]) -> Frontier:

@@ -173,7 +173,7 @@ class _NoData(TorchFunctionMode):
 
 def _together(frontier: Frontier, job: list[int], keep: bool) -> list[Block]:
     """Each loss's own part, then the shared part once for all that have cotangents alike."""
-    entered = [frontier.walk(i, retain_graph=keep) for i in job]
+    entered = frontier.walks(job, retain_graph=keep)
     groups: dict[frozenset[GradientEdge], list[int]] = {}
     for place, each in enumerate(entered):
         groups.setdefault(frozenset(each.cotangents), []).append(place)
