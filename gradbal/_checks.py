@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,13 +19,11 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
-from gradbal.jacobian import ENGINES
-from gradbal.registry import create, near_misses
+from gradbal.registry import create
 
 __all__ = [
     "check_call",
     "check_closures",
-    "check_engine",
     "check_fit",
     "check_options",
     "check_positive",
@@ -149,54 +146,16 @@ def check_fit(
 
 
 def check_options(
-    heads: Any, jacobian: Any, update_every: Any, loss_transform: Any, nonfinite: Any, group: Any
+    heads: Any, update_every: Any, loss_transform: Any, nonfinite: Any, group: Any
 ) -> None:
     """Whether every option is one of its values."""
     one_of("heads", heads, (None, "own", "weighted"))
-    if jacobian not in ENGINES:
-        raise ValueError(
-            f"`jacobian` must be one of {', '.join(map(repr, ENGINES))}, found {jacobian!r}"
-            f"{near_misses(jacobian, list(ENGINES))}"
-        )
     if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
         raise ValueError(f"`update_every` must be a positive integer, found {update_every!r}")
     one_of("loss_transform", loss_transform, (None, "log"))
     one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
     if group is not None:
         raise NotImplementedError("`process_group` (several processes) is not there yet")
-
-
-def check_engine(aggregator: Aggregator, jacobian: str, sketch_size: Any) -> None:
-    """Whether the engine has a use for its options, and the method for what it finds."""
-    name = aggregator.name
-    if jacobian != "sketch":
-        if sketch_size is not None:
-            raise ValueError(
-                f'`sketch_size` must be None but for jacobian="sketch", found {sketch_size!r} for '
-                f"{jacobian!r}"
-            )
-        return
-    is_size = isinstance(sketch_size, int) and not isinstance(sketch_size, bool)
-    if sketch_size is not None and not (is_size and sketch_size >= 1):
-        raise ValueError(f"`sketch_size` must be a positive integer, found {sketch_size!r}")
-    if not isinstance(aggregator, GramianAggregator | Scalarizer):
-        raise ValueError(
-            f'`jacobian` must not be "sketch" for {name!r}, which needs the gradients themselves '
-            'and not their Gramian alone; use "loop"'
-        )
-    if isinstance(aggregator, GramianAggregator) and _has_groups(aggregator):
-        raise ValueError(
-            f'`jacobian` must not be "sketch" for {name!r} with weights by column group, since the '
-            'sketch adds up columns of all groups; use "loop", or one group'
-        )
-
-
-def _has_groups(aggregator: GramianAggregator) -> bool:
-    try:
-        return aggregator.column_groups([torch.Size([1])]) is not None
-    except ValueError:
-        # Widths, which are for other shapes than this one.
-        return True
 
 
 def check_call(

@@ -14,7 +14,6 @@ from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checks import (
     check_call,
     check_closures,
-    check_engine,
     check_fit,
     check_options,
     check_positive,
@@ -23,6 +22,7 @@ from gradbal._checks import (
     make_aggregator,
 )
 from gradbal._closures import Closure, Evaluations, read_values
+from gradbal._engine import make_engine
 from gradbal._losses import Losses, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal._undo import (
@@ -37,7 +37,6 @@ from gradbal.aggregators.base import (
     ClosureAggregator,
     Scalarizer,
 )
-from gradbal.jacobian import make_engine
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
@@ -63,10 +62,13 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: the shared parameters, where the graph should not decide.
         heads: what task-specific parameters get: "own", their gradient as it is; "weighted", it
             times their task's weight; None, the method's own choice.
-        jacobian: the engine that takes the gradients. "loop" takes the rows of J one after the
-            other; "sketch" keeps `k` numbers of each of them instead of P, and estimates the
-            Gramian: T·k numbers in place of T·P, for methods that the Gramian suffices;
-            "auto" is "loop" so far.
+        jacobian: the engine that takes the gradients. "loop": one backward pass a loss. "vmap": the
+            part that losses share is walked once for all of them, where autograd can batch it
+            (needs torch 2.5). "sketch": keeps k numbers of each gradient instead of P, and
+            estimates the Gramian, T·k numbers in place of T·P, for methods that it suffices.
+            "auto": so far the loop.
+        chunk_size: for "vmap", how many losses go together at most, which bounds its memory; None
+            for all of them.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
@@ -107,6 +109,7 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: Iterable[Tensor] | None = None,
         heads: Literal["own", "weighted"] | None = None,
         jacobian: str = "auto",
+        chunk_size: int | None = None,
         update_every: int = 1,
         loss_transform: Literal["log"] | None = None,
         nonfinite: Literal["raise", "skip", "drop"] = "raise",
@@ -124,8 +127,7 @@ class MultiTaskOptimizer(Optimizer):
         if not any(group["params"] for group in optimizer.param_groups):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
-        check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
-        check_engine(self.aggregator, jacobian, sketch_size)
+        check_options(heads, update_every, loss_transform, nonfinite, process_group)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
@@ -147,7 +149,9 @@ class MultiTaskOptimizer(Optimizer):
             loss_transform=loss_transform,
             nonfinite=nonfinite,
             match_sum=match_sum,
-            engine=make_engine(jacobian, sketch_size=sketch_size),
+            engine=make_engine(
+                self.aggregator, jacobian, chunk_size=chunk_size, sketch_size=sketch_size
+            ),
         )
         for group in groups:
             known = {k: v for k, v in group.items() if k == "params" or k in optimizer.defaults}
@@ -434,11 +438,12 @@ class MultiTaskOptimizer(Optimizer):
         """What happened so far and at the last step.
 
         Returns:
-            engine; tasks; steps (calls of `backward` that aggregated); skipped (steps left out);
-            dropped (task → steps it sat out); shared (number of shared scalars, None before the
-            first Jacobian); weights, losses, gradient_norms `[T]` and cosines `[T, T]` as nested
-            lists, None where a method has none; conflicts, the pairs of tasks with a negative
-            cosine.
+            engine (what took the last gradients); fallback (why that was the loop although "vmap"
+            was asked for, or None); tasks; steps (calls of `backward` that aggregated); skipped
+            (steps left out); dropped (task → steps it sat out); shared (number of shared scalars,
+            None before the first Jacobian); weights, losses, gradient_norms `[T]` and cosines
+            `[T, T]` as nested lists, None where a method has none; conflicts, the pairs of tasks
+            with a negative cosine.
         """
         norms = cosines = conflicts = None
         if self.gramian is not None:
@@ -451,6 +456,7 @@ class MultiTaskOptimizer(Optimizer):
         balancer = self._balancer
         return {
             "engine": balancer.engine.name,
+            "fallback": getattr(balancer.engine, "fallback", None),
             "tasks": None if balancer.tasks is None else list(balancer.tasks),
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,

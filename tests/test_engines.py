@@ -13,6 +13,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "loop": {},
     # No model has more parameters than the sketch has entries: exact.
     "sketch": {},
+    "vmap": {},
+    "vmap, two at a time": {"jacobian": "vmap", "chunk_size": 2},
 }
 """Engines that all models can be trained with, and the keywords that they are tested with."""
 
@@ -29,7 +31,7 @@ def test_gradients_are_those_of_plain_autograd(
 ) -> None:
     model = make(name)
     batch = model.batch()
-    opt = optimizer(model, aggregator, heads=heads, jacobian=engine, **ENGINES[engine])
+    opt = optimizer(model, aggregator, heads=heads, **{"jacobian": engine} | ENGINES[engine])
     reference = copy.deepcopy(opt.aggregator)
     tolerance = model.rounding if engine in ONE_PASS else model.tolerance
     for _ in range(3):

@@ -17,10 +17,10 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradbal
+from benchmarks.accelerator import Accelerator
 from gradbal import MultiTaskOptimizer, NonFiniteError
 from gradbal.jacobian import Root, Sketch, Sketched
 from gradbal.jacobian.sketch import SIZE, _words
-from tests.accelerator import Accelerator
 from tests.gradients import jacobian, shared_names, task_gradients
 from tests.states import assert_same, fresh, root_at_zero, snapshot
 from tests.zoo import make, optimizer
@@ -564,13 +564,13 @@ def test_column_groups_are_refused(aggregator: str, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "64"])
 def test_sizes_that_are_none(size: Any) -> None:
-    with pytest.raises(ValueError, match="`sketch_size` must be a positive integer, found"):
+    with pytest.raises((TypeError, ValueError), match="`sketch_size` must be"):
         _single("upgrad", sketch_size=size)
 
 
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 def test_a_size_for_another_engine(engine: str) -> None:
-    with pytest.raises(ValueError, match="`sketch_size` must be None but for"):
+    with pytest.raises(ValueError, match='`sketch_size` is for jacobian="sketch"'):
         optimizer(nn.Linear(2, 2), "upgrad", jacobian=engine, sketch_size=64)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import gradbal
 from benchmarks.data.mnist import load_5k
 from benchmarks.errors import MissingExtra
-from gradbal.jacobian import Root, Sketch, gramian
+from gradbal.jacobian import Loop, Root, Sketch, gramian
 
 __all__ = ["METHODS", "MODELS", "Row", "average_errors", "measure", "worst"]
 
@@ -123,10 +123,8 @@ MODELS: dict[str, Callable[[], _Digits]] = {
 """Name → constructor."""
 
 
-class _Known:
+class _Known(Loop):
     """Rows that have been taken before."""
-
-    name = "known"
 
     def __init__(self, rows: Sequence[tuple[Tensor | None, ...]]) -> None:
         self._rows = rows

@@ -9,7 +9,6 @@ from gradbal.jacobian.engines import (
     Found,
     GramianEngine,
     RowsEngine,
-    make_engine,
 )
 from gradbal.jacobian.graph import (
     Root,
@@ -18,6 +17,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
 )
+from gradbal.jacobian.loop import Loop
 from gradbal.jacobian.products import (
     BLOCK,
     CHUNK,
@@ -30,6 +30,7 @@ from gradbal.jacobian.products import (
 )
 from gradbal.jacobian.rows import Rows
 from gradbal.jacobian.sketch import Sketch, Sketched
+from gradbal.jacobian.vmap import VMap
 
 __all__ = [
     "BLOCK",
@@ -39,17 +40,18 @@ __all__ = [
     "Engine",
     "Found",
     "GramianEngine",
+    "Loop",
     "Root",
     "Rows",
     "RowsEngine",
     "Sketch",
     "Sketched",
+    "VMap",
     "check_dense",
     "combine",
     "cross_gramian",
     "gramian",
     "hooks_held_back",
-    "make_engine",
     "reached_parameters",
     "shared_indices",
     "upload",

@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.graph import Root
-from gradbal.jacobian.loop import Loop
 
-__all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine"]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 """The values of `jacobian=`."""
@@ -21,14 +21,18 @@ ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 class RowsEngine(Protocol):
     """Takes the rows of the Jacobian; works for every method."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What took the last rows."""
+        ...
 
     def rows(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], retain_graph: bool
-    ) -> Iterator[tuple[Tensor | None, ...]]:
+    ) -> Iterator[tuple[Tensor | None, ...] | Block]:
         """For each root its gradients with respect to the parameters, None where it has none.
 
-        They are read before the next ones are asked for.
+        Several roots' may come as one block; either they are blocks all, or none is. They are read
+        before the next ones are asked for.
         """
         ...
 
@@ -75,23 +79,3 @@ class GramianEngine(Protocol):
 
 
 Engine = RowsEngine | GramianEngine
-
-
-def make_engine(name: str, *, sketch_size: int | None = None) -> Engine:
-    """The engine of that name.
-
-    Args:
-        name: one of `ENGINES`.
-        sketch_size: k of the sketch; None for its default.
-
-    Raises:
-        NotImplementedError: it is not there yet.
-    """
-    if name == "sketch":
-        # It is built on the definitions of this file.
-        from gradbal.jacobian.sketch import SIZE, Sketch
-
-        return Sketch(SIZE if sketch_size is None else sketch_size)
-    if name not in ("auto", "loop"):
-        raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')
-    return Loop()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.engines import RowsEngine
 from gradbal.jacobian.graph import (
     Reach,
@@ -31,6 +32,7 @@ class _Layout:
     shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
     views: for each task, the parts of its row, in the parameters' shapes, and the index of each
     part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
+    reached: for each task, indices of all that it reaches.
     """
 
     parameters: list[Tensor]
@@ -39,8 +41,12 @@ class _Layout:
     buffer: Tensor
     views: list[dict[int, Tensor]] = field(init=False)
     heads: list[list[int]] = field(init=False)
+    reached: list[set[int]] = field(init=False)
+    _slices: dict[tuple[int, int, int], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._slices = {}
+        self.reached = [{k for k, yes in enumerate(reach) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
             {
@@ -55,9 +61,20 @@ class _Layout:
             for views, reached in zip(self.views, self.reach, strict=True)
         ]
 
+    def slice(self, first: int, n_tasks: int, k: int) -> Tensor:
+        """`[n_tasks, *shape]`, a view of the parts of parameter k in the rows from the first on."""
+        found = self._slices.get((first, n_tasks, k))
+        if found is None:
+            view, stride = self.views[first][k], self.buffer.stride(0)
+            found = self._slices[first, n_tasks, k] = self.buffer.as_strided(
+                (n_tasks, *view.shape), (stride, *view.stride()), view.storage_offset()
+            )
+        return found
+
     def __getstate__(self) -> dict[str, Any]:
         # A pickled view would no longer be a view of the buffer.
-        return {k: v for k, v in self.__dict__.items() if k not in ("views", "heads")}
+        kept = ("parameters", "reach", "shared", "buffer")
+        return {k: v for k, v in self.__dict__.items() if k in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -196,17 +213,28 @@ class Rows:
                 layout.buffer[i].zero_()
         present = [i for i in range(len(roots)) if i not in sit_out]
         taken = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
+        # Tasks whose rows hold gradients.
+        written = list(present) if accumulate else []
         with hooks_held_back(parameters):
-            for i, grads in zip(present, taken, strict=True):
-                check_dense(grads, parameters)
-                found = tuple(g is not None for g in grads)
-                if loose is None and found != layout.reach[i]:
-                    written = len(roots) if accumulate else i
-                    loose = self._loosen(layout, written, sit_out)
-                if loose is None:
-                    self._write(layout, i, grads, accumulate)
+            for n, part in enumerate(taken):
+                if isinstance(part, Block):
+                    tasks = [present[t] for t in part.tasks]
+                    if loose is None and self._write_block(layout, tasks, part, accumulate):
+                        written += tasks
+                        continue
+                    rows = part.rows(len(parameters))
                 else:
-                    _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
+                    tasks, rows = [present[n]], [part]
+                for i, grads in zip(tasks, rows, strict=True):
+                    check_dense(grads, parameters)
+                    found = tuple(g is not None for g in grads)
+                    if loose is None and found != layout.reach[i]:
+                        loose = self._loosen(layout, written)
+                    if loose is None:
+                        self._write(layout, i, grads, accumulate)
+                        written.append(i)
+                    else:
+                        _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
         self._layout = layout
         if loose is not None:
             self._rebuild(parameters, loose)
@@ -220,14 +248,48 @@ class Rows:
             (torch._foreach_add_ if accumulate else torch._foreach_copy_)([*views.values()], parts)
         _add(self.heads[i], {k: grads[k] for k in layout.heads[i]})  # type: ignore[misc]
 
-    def _loosen(
-        self, layout: _Layout, written: int, sit_out: frozenset[int]
-    ) -> list[dict[int, Tensor]]:
+    def _write_block(
+        self, layout: _Layout, tasks: list[int], block: Block, accumulate: bool
+    ) -> bool:
+        """Writes the rows of several tasks, one copy a parameter; False, and nothing, if they
+        do not reach what the layout says."""
+        first, n_tasks = tasks[0], len(tasks)
+        for i, single in zip(tasks, block.single, strict=True):
+            if block.stacked.keys() | single.keys() != layout.reached[i]:
+                return False
+        for grads in (block.stacked, *block.single):
+            check_dense([*grads.values()], [layout.parameters[k] for k in grads])
+        targets, parts = [], []
+        heads: list[dict[int, Tensor]] = [{} for _ in tasks]
+        for k, stacked in block.stacked.items():
+            if k not in layout.views[first]:
+                for head, g in zip(heads, stacked.unbind(), strict=True):
+                    head[k] = g
+            elif tasks[-1] - first == n_tasks - 1:
+                targets.append(layout.slice(first, n_tasks, k))
+                parts.append(stacked)
+            else:
+                targets.extend(layout.views[i][k] for i in tasks)
+                parts.extend(stacked.unbind())
+        for i, head, single in zip(tasks, heads, block.single, strict=True):
+            for k, g in single.items():
+                if k in layout.views[i]:
+                    targets.append(layout.views[i][k])
+                    parts.append(g)
+                else:
+                    head[k] = g
+            _add(self.heads[i], head)
+        if targets:
+            (torch._foreach_add_ if accumulate else torch._foreach_copy_)(targets, parts)
+        # Whoever still has the block, the next one is computed without it.
+        block.stacked.clear()
+        return True
+
+    def _loosen(self, layout: _Layout, written: Sequence[int]) -> list[dict[int, Tensor]]:
         """The gradients so far, one tensor each: what a changed graph can be laid out from."""
         loose: list[dict[int, Tensor]] = [dict(head) for head in self.heads]
-        for i in range(written):
-            if i not in sit_out:
-                loose[i].update((k, view.clone()) for k, view in layout.views[i].items())
+        for i in dict.fromkeys(written):
+            loose[i].update((k, view.clone()) for k, view in layout.views[i].items())
         return loose
 
     def _rebuild(self, parameters: list[Tensor], loose: list[dict[int, Tensor]]) -> None:

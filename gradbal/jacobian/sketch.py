@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradbal.jacobian.engines import Found, RowsEngine
+from gradbal.jacobian.engines import Found
 from gradbal.jacobian.graph import (
     Reach,
     Root,
@@ -104,7 +104,7 @@ class Sketch:
 
     size: int = SIZE
     seed: int = 0
-    engine: RowsEngine = field(default_factory=Loop)
+    engine: Loop = field(default_factory=Loop)
     step: int = 0
     name: str = field(default="sketch", init=False)
     # Of the last step: its parameters, by identity, and what each loss reached.

@@ -1,0 +1,78 @@
+"""From `jacobian=` and its options to an engine: requirements, and what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gradbal.aggregators._arguments import integer
+from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
+from gradbal.jacobian import ENGINES, Engine, Loop, Sketch, VMap
+from gradbal.registry import near_misses
+
+__all__ = ["make_engine"]
+
+_USES = {
+    "chunk_size": ("vmap",),
+    "sketch_size": ("sketch",),
+}
+"""Options, and the engines that have a use for them."""
+
+
+def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine:
+    """The engine of that name, for a method.
+
+    Args:
+        aggregator: the method.
+        jacobian: one of `ENGINES`.
+        **options: chunk_size, sketch_size; None where they are not given.
+
+    Raises:
+        ValueError: an unknown name, an option out of range or without use, or a method that the
+            engine cannot serve.
+    """
+    if jacobian not in ENGINES:
+        raise ValueError(
+            f"`jacobian` must be one of {', '.join(map(repr, ENGINES))}, found {jacobian!r}"
+            f"{near_misses(str(jacobian), list(ENGINES))}"
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if jacobian not in _USES[name]:
+            engines = " or ".join(f'"{engine}"' for engine in _USES[name])
+            raise ValueError(
+                f"`{name}` is for jacobian={engines}, found {value!r} for {jacobian!r}; "
+                "leave it out"
+            )
+        integer(name, value, 1)
+    if jacobian == "sketch":
+        _check_gramian_suffices(aggregator, jacobian)
+        return Sketch(**{"size": given["sketch_size"]} if given else {})
+    if jacobian == "vmap":
+        return VMap(given.get("chunk_size"))
+    if jacobian not in ("auto", "loop"):
+        raise NotImplementedError(f'`jacobian="{jacobian}"` is not there yet; use "loop"')
+    return Loop()
+
+
+def _check_gramian_suffices(aggregator: Aggregator, jacobian: str) -> None:
+    name = aggregator.name
+    if not isinstance(aggregator, GramianAggregator | Scalarizer):
+        raise ValueError(
+            f'`jacobian` must not be "{jacobian}" for {name!r}, which needs the gradients '
+            'themselves and not their Gramian alone; use "loop"'
+        )
+    if isinstance(aggregator, GramianAggregator) and _has_groups(aggregator):
+        raise ValueError(
+            f'`jacobian` must not be "{jacobian}" for {name!r} with weights by column group, since '
+            'it adds up columns of all groups; use "loop", or one group'
+        )
+
+
+def _has_groups(aggregator: GramianAggregator) -> bool:
+    try:
+        return aggregator.column_groups([torch.Size([1])]) is not None
+    except ValueError:
+        # Widths, which are for other shapes than this one.
+        return True
