@@ -2,14 +2,15 @@
 
 All of it is one entry "gradbal" of the first param group: what stands there survives every way that
 torch has with an optimizer's state, that of `torch.distributed.checkpoint` too. For this it has to
-be one leaf: numbers and strings in nested lists, with no tensor whose size would have to be known
-before it is read.
+be a string, since lists and dicts are taken apart there, and put together again only where their
+lengths, and the sizes of tensors in them, were known before.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -142,8 +143,8 @@ def put_back_on_error(optimizer: Optimizer) -> Iterator[None]:
         raise
 
 
-def encode(value: Any) -> Any:
-    """Nested lists of numbers and strings, the same for equal values.
+def encode(value: Any) -> str:
+    """Text from which `decode` makes the same again; the same for equal values.
 
     Args:
         value: tensors, numbers, strings, None, lists, tuples and dicts of them.
@@ -153,35 +154,39 @@ def encode(value: Any) -> Any:
 
     Example:
         >>> encode({"w": torch.tensor([1.0])})
-        ['dict', ['w', ['tensor', 'float32', [1], 'AACAPw==']]]
+        '["dict", ["w", ["tensor", "float32", [1], "AACAPw=="]]]'
         >>> decode(encode({"w": torch.tensor([1.0])}))
         {'w': tensor([1.])}
     """
+    return json.dumps(_to_lists(value))
+
+
+def decode(text: str) -> Any:
+    """What `encode` was given; tensors on the host."""
+    return _from_lists(json.loads(text))
+
+
+def _to_lists(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, int | float | str):
         return value
-    for plain in (int, float, str):
-        if isinstance(value, plain):
-            # Not a subclass, which torch.load(weights_only=True) may refuse.
-            return plain(value)
     if isinstance(value, Tensor):
         host = value.detach().cpu().contiguous()
         data = base64.b64encode(host.reshape(-1).view(torch.uint8).numpy().data).decode("ascii")
         return ["tensor", str(host.dtype).removeprefix("torch."), list(host.shape), data]
     if isinstance(value, Mapping):
-        return ["dict", *([encode(k), encode(v)] for k, v in value.items())]
+        return ["dict", *([_to_lists(k), _to_lists(v)] for k, v in value.items())]
     if isinstance(value, list | tuple):
-        return ["list" if isinstance(value, list) else "tuple", *map(encode, value)]
+        return ["list" if isinstance(value, list) else "tuple", *map(_to_lists, value)]
     raise TypeError(
         "a checkpoint must be of tensors, numbers, strings, lists and dicts, found "
         f"{type(value).__name__}"
     )
 
 
-def decode(value: Any) -> Any:
-    """What `encode` was given; tensors on the host."""
-    if not isinstance(value, list | tuple):
+def _from_lists(value: Any) -> Any:
+    if not isinstance(value, list):
         return value
     kind, *parts = value
     if kind == "tensor":
@@ -191,8 +196,8 @@ def decode(value: Any) -> Any:
         flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         return flat.reshape(shape).clone()
     if kind == "dict":
-        return {decode(k): decode(v) for k, v in parts}
-    found = map(decode, parts)
+        return {_from_lists(k): _from_lists(v) for k, v in parts}
+    found = map(_from_lists, parts)
     return list(found) if kind == "list" else tuple(found)
 
 

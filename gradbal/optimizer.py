@@ -426,11 +426,10 @@ class MultiTaskOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's `state_dict()`, with one more entry in its first param group.
 
-        That entry, "gradbal", is a list of numbers, strings and lists, and holds the rest: the
-        aggregator's state, its learnable weights and what the wrapped optimizer keeps for them,
-        counters. So the state is read by `torch.load(weights_only=True)`, goes through
-        `torch.distributed.checkpoint` and its `get_state_dict`, and loads into the bare optimizer,
-        which ignores the entry.
+        That entry, "gradbal", is a string that holds the rest: the aggregator's state, its
+        learnable weights and what the wrapped optimizer keeps for them, counters. So the state is
+        read by `torch.load(weights_only=True)`, goes through `torch.distributed.checkpoint` and its
+        `get_state_dict`, and loads into the bare optimizer, which ignores the entry.
 
         At any point between two calls it is all that the run needs beside the model's
         `state_dict()`. Between `backward` and `step` it holds `.grad` as well, and after

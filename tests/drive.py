@@ -91,7 +91,7 @@ class Driver:
 
     def make(self, model: nn.Module, opt: MultiTaskOptimizer, call: Call) -> None:
         """Makes one call."""
-        i, what = call
+        what = call.what
         if what in ("zero_grad", "end_epoch"):
             getattr(opt, what)()
         elif what == "update":

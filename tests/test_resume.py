@@ -2,7 +2,6 @@
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +49,6 @@ def copied(driver: Driver, pair: Cut) -> Cut:
     return copy.deepcopy(pair)
 
 
-def pickled(driver: Driver, pair: Cut) -> Cut:
-    return pickle.loads(pickle.dumps(pair))
-
-
 def saved_whole(driver: Driver, pair: Cut) -> Cut:
     file = io.BytesIO()
     torch.save(pair, file)
@@ -91,7 +86,7 @@ def test_a_checkpoint_before_any_call(name: str, gather: bool) -> None:
     check_cuts(driver(name, gather=gather), checkpointed, steps)
 
 
-@pytest.mark.parametrize("way", [copied, pickled, saved_whole])
+@pytest.mark.parametrize("way", [copied, saved_whole])
 @pytest.mark.parametrize("name", DRIVERS)
 def test_a_copy_before_any_call(name: str, way: Callable[[Driver, Cut], Cut]) -> None:
     check_cuts(driver(name, gather=True), way, range(2, 3))
@@ -114,7 +109,6 @@ def test_a_checkpoint_where_weights_are_used_again(name: str) -> None:
 SKIPPED = {
     "a micro-batch": frozenset([Call(1, "gather"), Call(2, "gather")]),
     "the last micro-batch": frozenset([Call(1, "backward"), Call(3, "backward")]),
-    "the update": frozenset([Call(1, "step")]),
 }
 
 
@@ -131,7 +125,6 @@ def test_a_checkpoint_with_steps_left_out(name: str, what: str, nonfinite: str) 
 def test_a_checkpoint_with_steps_left_out_in_other_ways(name: str) -> None:
     spoiled = frozenset([Call(1, "backward"), Call(1, "step")])
     trained = driver(name, options={"nonfinite": "skip"}, spoiled=spoiled)
-    model, opt = trained.fresh()
     if name == "famo":
         # A step that was left out has no losses after it.
         calls = [c for c in trained.calls(range(STEPS)) if c != Call(1, "update")]
