@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +37,8 @@ from gradbal.jacobian import (
 )
 
 __all__ = ["BackwardCall", "Balancer"]
+
+_OUTCOME = ("weights", "head_weights", "gramian", "losses")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,30 @@ class _Pending:
     absent: frozenset[int]
     weights: tuple[Tensor, Tensor] | None = None
     waiting: frozenset[int] = frozenset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        w, head_weights = self.weights or (None, None)
+        return {
+            "values": self.values,
+            "losses": self.losses,
+            "absent": sorted(self.absent),
+            # One pass does for both where they are the same.
+            "weights": None if w is None else [w] if head_weights is w else [w, head_weights],
+            "waiting": sorted(self.waiting),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> _Pending:
+        """What a `state_dict()` was made from, on a device."""
+        weights = [w.to(device, copy=True) for w in state["weights"] or ()]
+        return cls(
+            state["values"].to(device, copy=True),
+            state["losses"].to(device, copy=True),
+            frozenset(state["absent"]),
+            (weights[0], weights[-1]) if weights else None,
+            frozenset(state["waiting"]),
+        )
 
 
 class Balancer:
@@ -187,32 +213,43 @@ class Balancer:
         self._pending = None
         self.rows.pending = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tasks, weights that are used again, counters."""
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Tasks, the last step's outcome, counters, and what is pending.
+
+        Args:
+            parameters: all those of the optimizer, by whose order pending gradients are named.
+        """
         return {
             "tasks": None if self.tasks is None else list(self.tasks),
-            "weights": _copy(self.weights),
-            "head_weights": _copy(self.head_weights),
+            "loss_transform": self.loss_transform,
+            **{name: _copy(getattr(self, name)) for name in _OUTCOME},
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
             "columns": None if self._columns is None else list(self._columns),
             "unobserved": self.unobserved and [_copy(self.unobserved[0]), self.unobserved[1]],
+            "pending": None if self._pending is None else self._pending.state_dict(),
+            "rows": self.rows.pending_state(parameters),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a `state_dict()`."""
+    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Takes over a `state_dict()`, with `parameters` as it was; an error changes nothing."""
+        device = parameters[0].device
+        pending = unobserved = None
+        if state["pending"] is not None:
+            pending = _Pending.from_state_dict(state["pending"], device)
+        if state["unobserved"] is not None:
+            values, present = state["unobserved"]
+            unobserved = values.to(device, copy=True), list(present)
+        rows = self._new_rows()
+        rows.load_pending_state(state["rows"], parameters)
         self.tasks = None if state["tasks"] is None else tuple(state["tasks"])
-        self.weights = _copy(state["weights"])
-        self.head_weights = _copy(state["head_weights"])
-        self.gramian = self.losses = None
+        for name in _OUTCOME:
+            value = state[name]
+            setattr(self, name, None if value is None else value.to(device, copy=True))
         self.n_steps = state["steps"]
         self.n_dropped = dict(state["dropped"])
         self._columns = None if state["columns"] is None else list(state["columns"])
-        self.unobserved = None
-        if state["unobserved"] is not None:
-            values, present = state["unobserved"]
-            self.unobserved = values.detach().clone(), list(present)
-        self.give_up_pending()
+        self.rows, self._pending, self.unobserved = rows, pending, unobserved
 
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
         aggregator = self.aggregator

@@ -29,6 +29,7 @@ __all__ = [
     "check_positive",
     "check_shared",
     "check_tasks",
+    "check_transform",
     "make_aggregator",
 ]
 
@@ -52,6 +53,12 @@ def check_tasks(mine: Names | None, theirs: Sequence[str | int] | None) -> None:
     """Whether a checkpoint is of the same tasks, where both know them."""
     if mine is not None and theirs is not None and tuple(theirs) != mine:
         raise ValueError(f"the checkpoint must be of tasks {list(mine)}, found {list(theirs)}")
+
+
+def check_transform(mine: str | None, theirs: str | None) -> None:
+    """Whether a checkpoint's losses, in means and the like, were seen in the same way."""
+    if mine != theirs:
+        raise ValueError(f"the checkpoint must be of loss_transform={mine!r}, found {theirs!r}")
 
 
 def check_positive(batch: Losses) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -96,14 +97,23 @@ class _Lender:
                 module._buffers[name] = buffer
 
 
-_lenders: list[_Lender] = []
+class _Lenders(threading.local):
+    """Those at work in this thread; others' modules have their own buffers."""
+
+    def __init__(self) -> None:
+        self.active: list[_Lender] = []
+
+
+_lenders = _Lenders()
+_lock = threading.Lock()
+_n_active = 0
 _plain_call = nn.Module.__call__
 
 
 def _lend_and_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # In compiled code all modules belong to one that was called from outside.
     if not torch.compiler.is_compiling():
-        for lender in _lenders:
+        for lender in _lenders.active:
             lender.lend(module)
     return _plain_call(module, *args, **kwargs)
 
@@ -115,19 +125,23 @@ def _buffers_kept() -> Iterator[None]:
     By replacing `Module.__call__`, as torch.fx does while it traces: a global hook would make
     `torch.compile` compile anew at every step.
     """
-    global _plain_call
+    global _plain_call, _n_active
     lender = _Lender()
-    if not _lenders:
-        _plain_call = nn.Module.__call__
-        nn.Module.__call__ = _lend_and_call  # type: ignore[method-assign]
-    _lenders.append(lender)
+    with _lock:
+        if _n_active == 0:
+            _plain_call = nn.Module.__call__
+            nn.Module.__call__ = _lend_and_call  # type: ignore[method-assign]
+        _n_active += 1
+    _lenders.active.append(lender)
     try:
         yield
     finally:
         with interrupts_held_back():
-            _lenders.remove(lender)
-            if not _lenders:
-                nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
+            _lenders.active.remove(lender)
+            with _lock:
+                _n_active -= 1
+                if _n_active == 0:
+                    nn.Module.__call__ = _plain_call  # type: ignore[method-assign]
             lender.take_back()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +72,17 @@ class LateCheck:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def bad(self) -> list[str | int]:
-        """Names of the tasks whose loss is NaN or inf; waits for the copy alone."""
+    @property
+    def values(self) -> Tensor:
+        """`[T]`, on the host once they were on an accelerator; waits for the copy alone."""
         if self._event is not None:
             self._event.synchronize()
-        return [self._names[i] for i in not_finite(self._host.tolist())]
+        return self._host
+
+    def bad(self) -> list[str | int]:
+        """Names of the tasks whose loss is NaN or inf."""
+        return [self._names[i] for i in not_finite(self.values.tolist())]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An event belongs to its process.
+        return {"_names": self._names, "_event": None, "_host": self.values.clone()}

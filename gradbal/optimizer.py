@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradbal._balancer import BackwardCall, Balancer
+from gradbal._checkpoint import check_groups, completed, pack, put_back_on_error, unpack
 from gradbal._checks import (
     check_call,
     check_closures,
@@ -19,6 +20,7 @@ from gradbal._checks import (
     check_positive,
     check_shared,
     check_tasks,
+    check_transform,
     make_aggregator,
 )
 from gradbal._closures import Closure, Evaluations, read_values
@@ -40,7 +42,7 @@ from gradbal.aggregators.base import (
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -163,6 +165,8 @@ class MultiTaskOptimizer(Optimizer):
         self._late: LateCheck | None = None
         self._in_closure = False
         self._taken = False
+        # Whether `.grad` holds what `backward` has put there and `step` has not used yet.
+        self._delivered = False
 
     @property
     def weights(self) -> Tensor | None:
@@ -222,6 +226,7 @@ class MultiTaskOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the wrapped optimizer's parameters."""
         self.optimizer.zero_grad(set_to_none)
+        self._delivered = False
 
     def __repr__(self) -> str:
         return f"MultiTaskOptimizer({self.optimizer!r}, {self.aggregator!r})"
@@ -230,11 +235,15 @@ class MultiTaskOptimizer(Optimizer):
         # Schedulers put a patched `step` on the instance.
         state = self.__dict__.copy()
         state.pop("step", None)
-        state["_late"] = None
+        # Copies of parameters come without `.grad`.
+        state["_grads"] = [p.grad for p in self._everything()] if self._delivered else []
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        grads = state.pop("_grads")
         self.__dict__.update(state)
+        if grads:
+            self._set_grads(grads)
 
     # Training.
 
@@ -294,6 +303,7 @@ class MultiTaskOptimizer(Optimizer):
         else:
             absent = self._absent([batch, *others], single_pass)
         with self._undone_on_errors():
+            self._delivered = True
             self.aggregator.learning_rate = _learning_rate(self.optimizer)
             if absent is not None:
                 self.aggregator.prepare(len(batch.names), batch.values)
@@ -348,6 +358,8 @@ class MultiTaskOptimizer(Optimizer):
         Raises:
             ValueError: the method needs a closure that is not there, or has no use for one that is.
         """
+        if closure is None and self._is_initialization():
+            return self._initialize()
         check_closures(self.aggregator, closure, val_closure)
         if closure is None:
             self._check_late()
@@ -397,22 +409,24 @@ class MultiTaskOptimizer(Optimizer):
             put_back = parameters_remembered(self.optimizer)
             try:
                 found = self.optimizer.step(closure)  # type: ignore[arg-type]
-                self._taken = True
+                self._taken, self._delivered = True, False
             except BaseException:
                 with interrupts_held_back():
                     put_back()
                     self._taken = False
                 raise
             return found
-        groups = self.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"]]
+        parameters = self._everything()
         versions = [p._version for p in parameters]
         with interrupts_held_back():
             try:
                 step: Callable[..., Any] = self.optimizer.step
                 found = step() if closure is None else step(closure)
+                self._delivered = False
             finally:
                 self._taken = versions != [p._version for p in parameters]
+                if self._taken:
+                    self._delivered = False
         return found
 
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
@@ -472,56 +486,78 @@ class MultiTaskOptimizer(Optimizer):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's `state_dict()`, with the entry "gradbal" for the rest.
+        """The wrapped optimizer's `state_dict()`, with one more entry in its first param group.
 
-        It holds tensors, numbers, strings, lists and dicts, so that
-        `torch.load(weights_only=True)` reads it. Gradients pending from `accumulate=True` are not
-        part of it, as `.grad` is not part of an optimizer's.
+        That entry, "gradbal", is a string that holds the rest: the aggregator's state, its
+        learnable weights and what the wrapped optimizer keeps for them, counters. So the state is
+        read by `torch.load(weights_only=True)`, goes through `torch.distributed.checkpoint` and its
+        `get_state_dict`, and loads into the bare optimizer, which ignores the entry.
+
+        At any point between two calls it is all that the run needs beside the model's
+        `state_dict()`. Between `backward` and `step` it holds `.grad` as well, and after
+        `accumulate=True` the pending gradients; at other times it is small.
         """
-        state = self.optimizer.state_dict()
-        state["gradbal"] = {
+        groups, own = self._groups()
+        everything = self._everything()
+        late = None if self._late is None else self._late.values
+        entry = {
             "format": _FORMAT,
             "aggregator": self.aggregator.state_dict(),
-            "balancer": self._balancer.state_dict(),
+            "balancer": self._balancer.state_dict([p for group in groups for p in group]),
+            "shapes": [[list(p.shape) for p in group] for group in groups],
             "skipped": self._n_skipped,
+            "skip_step": self._skip_step,
+            "spoiled": self._spoiled,
+            "late": late,
+            "grads": [_dense(p.grad) for p in everything] if self._delivered else None,
         }
-        return state
+        return pack(self.optimizer.state_dict(), own, entry)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a checkpoint of `state_dict()`, or of a bare optimizer like the wrapped one.
 
+        Hyperparameters of the method come from the checkpoint, as a learning rate does; the
+        arguments of `MultiTaskOptimizer` stay. The state of the aggregator is on the host until
+        the next step. A bare optimizer's checkpoint leaves the method as it is.
+
         Raises:
-            ValueError: a checkpoint of another method, of other tasks, or of other param groups;
-                nothing has changed then.
+            ValueError: a checkpoint of another method, of other tasks, of other param groups or
+                shapes; nothing has changed then, as after any other error.
         """
-        inner = {k: v for k, v in state_dict.items() if k != "gradbal"}
-        mine = state_dict.get("gradbal")
-        if mine is None:
-            # The bare optimizer's checkpoint lacks the group of the method's own weights.
-            own = len(self.aggregator.param_groups())
-            current = self.optimizer.state_dict()["param_groups"]
-            if own and len(inner["param_groups"]) == len(current) - own:
-                inner["param_groups"] = [*inner["param_groups"], *current[-own:]]
-            self.optimizer.load_state_dict(inner)
+        groups, own = self._groups()
+        parameters = [p for group in groups for p in group]
+        bare, entry = unpack(state_dict)
+        if entry is not None:
+            self._check_entry(entry)
+        whole = completed(bare, entry, own, self.optimizer)
+        if entry is None:
+            with put_back_on_error(self.optimizer):
+                self.optimizer.load_state_dict(whole)
             return
-        if mine["format"] != _FORMAT:
-            raise ValueError(f"the checkpoint's format must be {_FORMAT}, found {mine['format']}")
-        self.aggregator.check_state_dict(mine["aggregator"])
-        check_tasks(self._balancer.tasks, mine["balancer"]["tasks"])
+        check_groups(entry["shapes"], groups)
+        late = None
+        if entry["late"] is not None:
+            late = LateCheck(entry["late"], tuple(entry["balancer"]["tasks"]))
         before = self.aggregator.state_dict()
-        self.aggregator.load_state_dict(mine["aggregator"])
-        device = self.optimizer.param_groups[0]["params"][0].device
-        for p in self.aggregator.parameters():
-            p.data = p.data.to(device)
+        weights = [p.data for p in self.aggregator.parameters()]
         try:
-            self.optimizer.load_state_dict(inner)
+            with put_back_on_error(self.optimizer):
+                self.aggregator.load_state_dict(entry["aggregator"])
+                for p in self.aggregator.parameters():
+                    p.data = p.data.to(parameters[0].device)
+                self.optimizer.load_state_dict(whole)
+                self._balancer.load_state_dict(entry["balancer"], parameters)
         except BaseException:
             self.aggregator.load_state_dict(before)
+            for p, data in zip(self.aggregator.parameters(), weights, strict=True):
+                p.data = data
             raise
-        self._balancer.load_state_dict(mine["balancer"])
-        self._n_skipped = mine["skipped"]
-        self._skip_step = self._spoiled = False
-        self._late = None
+        self._n_skipped = entry["skipped"]
+        self._skip_step, self._spoiled = entry["skip_step"], entry["spoiled"]
+        self._late = late
+        self._delivered = entry["grads"] is not None
+        if self._delivered:
+            self._set_grads(entry["grads"])
 
     # Small parts.
 
@@ -542,6 +578,47 @@ class MultiTaskOptimizer(Optimizer):
                     for each in put_back:
                         each()
             raise
+
+    def _check_entry(self, entry: dict[str, Any]) -> None:
+        """Whether a checkpoint is of the same method, tasks and losses."""
+        if entry["format"] != _FORMAT:
+            raise ValueError(f"the checkpoint's format must be {_FORMAT}, found {entry['format']}")
+        self.aggregator.check_state_dict(entry["aggregator"])
+        check_tasks(self._balancer.tasks, entry["balancer"]["tasks"])
+        check_transform(self._balancer.loss_transform, entry["balancer"]["loss_transform"])
+
+    def _groups(self) -> tuple[list[list[Tensor]], list[int]]:
+        """The parameters of every param group but the aggregator's own; indices of its own."""
+        mine = {id(p) for p in self.aggregator.parameters()}
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        own = [k for k, group in enumerate(groups) if any(id(p) in mine for p in group)]
+        return [group for k, group in enumerate(groups) if k not in own], own
+
+    def _everything(self) -> list[Tensor]:
+        """The parameters of all param groups."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _set_grads(self, grads: Sequence[Tensor | None]) -> None:
+        for p, g in zip(self._everything(), grads, strict=True):
+            p.grad = None if g is None else g.to(p.device)
+
+    def _is_initialization(self) -> bool:
+        """Whether this step is one by which `torch.distributed.checkpoint` makes the wrapped
+        optimizer's state: without `backward`, of zero gradients, with a learning rate of zero."""
+        if self._delivered or self.optimizer.state:
+            return False
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        on_host = all(not isinstance(r, Tensor) or r.device.type == "cpu" for r in rates)
+        if not on_host or any(r is None or float(r) != 0.0 for r in rates):
+            return False
+        return all(p.grad is not None for p in self._everything() if p.requires_grad)
+
+    def _initialize(self) -> Any:
+        for p in self.aggregator.parameters():
+            if p.numel() == 0:
+                # It gets its size, and then its state, at the first real step.
+                p.grad = None
+        return self.optimizer.step()
 
     def _trained(self) -> list[Tensor]:
         """The parameters to train, without the aggregator's own."""
@@ -650,6 +727,10 @@ class MultiTaskOptimizer(Optimizer):
             return losses, torch.zeros(())
         w = torch.ones_like(self.losses) if self.weights is None else self.weights.to(self.losses)
         return losses, (w * self.losses).sum()
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    return grad if grad is None or grad.layout == torch.strided else grad.to_dense()
 
 
 def _learning_rate(optimizer: Optimizer) -> float | None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from gradbal import MultiTaskOptimizer
+from gradbal._checkpoint import decode, encode
 from tests.states import assert_same, fresh, snapshot
 from tests.zoo import METHODS, make, takes
 
@@ -148,7 +149,8 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(name: str) -> None:
 def test_a_checkpoint_of_another_format_is_refused() -> None:
     _, opt = fresh("upgrad")
     state = opt.state_dict()
-    state["gradbal"]["format"] = 999
+    entry = decode(state["param_groups"][0]["gradbal"])
+    state["param_groups"][0]["gradbal"] = encode({**entry, "format": 999})
     with pytest.raises(ValueError, match=r"format.*999"):
         opt.load_state_dict(state)
 
@@ -170,16 +172,31 @@ def test_a_bare_optimizers_checkpoint_loads(aggregator: str) -> None:
     _run(model, opt, 2)
 
 
-def test_the_checkpoint_is_the_wrapped_ones_with_one_more_entry() -> None:
-    model, opt = fresh("upgrad")
-    _run(model, opt, 1)
-    state = opt.state_dict()
-    rest = {k: v for k, v in state.items() if k != "gradbal"}
-    assert_same(rest, opt.optimizer.state_dict())
+@pytest.mark.parametrize("aggregator", METHODS)
+def test_a_checkpoint_loads_into_the_bare_optimizer(aggregator: str) -> None:
+    model, opt = fresh(aggregator)
+    _run(model, opt, 2)
     twin = make("Plain")
     bare = Adam(twin.parameters())
-    bare.load_state_dict(rest)
+    bare.load_state_dict(_through_a_file(opt.state_dict()))
     assert bare.param_groups[0]["lr"] == 0.01
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same(bare.state[q], opt.state[p])
+    # And back, with what the method had by then.
+    sum(twin.losses(twin.batch())).backward()
+    bare.step()
+    _, other = fresh(aggregator)
+    other.load_state_dict(_through_a_file(bare.state_dict()))
+    assert_same(other.aggregator.state_dict(), opt.aggregator.state_dict())
+
+
+@pytest.mark.parametrize("aggregator", ["upgrad", "pcgrad"])
+def test_the_checkpoint_is_the_wrapped_ones_with_one_more_entry(aggregator: str) -> None:
+    model, opt = fresh(aggregator)
+    _run(model, opt, 1)
+    state = opt.state_dict()
+    assert state["param_groups"][0].pop("gradbal")
+    assert_same(state, opt.optimizer.state_dict())
 
 
 def _copies(how: str, model: nn.Module, opt: MultiTaskOptimizer) -> Any:

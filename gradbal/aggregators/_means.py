@@ -71,7 +71,8 @@ class MeansMixin:
             taken = np.zeros(len(values))
             taken[list(named)] = 1.0
             values = torch.where(as_weights(taken, values) > 0, values, 0.0)
-        self.total = self.total + values
+        # A checkpoint may have brought it from another device since `prepare`.
+        self.total = self.total.to(values.device) + values
         self.count = [n + (i in named) for i, n in enumerate(self.count)]
 
     def means(self, without: Tensor | float) -> Tensor:

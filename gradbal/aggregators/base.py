@@ -161,7 +161,7 @@ class Aggregator(ABC):
         """
         self.check_state_dict(state_dict)
         for name, value in state_dict["hyperparameters"].items():
-            setattr(self, name, value)
+            setattr(self, name, _plain(value))
         for name, value in state_dict["state"].items():
             current = getattr(self, name)
             if isinstance(current, torch.Generator):
@@ -169,13 +169,18 @@ class Aggregator(ABC):
             elif isinstance(current, Parameter):
                 current.data = value.detach().clone()
             else:
-                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+                setattr(self, name, _plain(value))
 
 
 def _plain(value: Any) -> Any:
+    """A copy that nobody else changes; of a generator, its state."""
     if isinstance(value, torch.Generator):
         return value.get_state()
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 class Scalarizer(Aggregator):

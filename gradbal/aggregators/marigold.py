@@ -184,7 +184,7 @@ class Marigold(SimplexStateMixin, ClosureAggregator, Scalarizer):
                 "'marigold' with estimator='free' needs the learning rate of the wrapped "
                 "optimizer's first group as a number on the host, found none"
             )
-        fall = self._transformed(before) - self._transformed(losses)
+        fall = self._transformed(before.to(losses.device)) - self._transformed(losses)
         q = fall / self.learning_rate
         if bool(q.isfinite().all()):
             self.step(q)

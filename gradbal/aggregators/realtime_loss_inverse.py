@@ -105,13 +105,16 @@ class RealtimeLossInverse(Scalarizer):
         if tasks is not None:
             taken = np.zeros(len(values))
             taken[list(tasks)] = 1.0
-            kept = torch.full_like(values, torch.nan) if self.average is None else self.average
+            kept = torch.full_like(values, torch.nan)
+            if self.average is not None:
+                kept = self.average.to(values.device)
             moved = torch.where(as_weights(taken, values) > 0, moved, kept)
         self.average = moved
 
     def _moved(self, average: Tensor | None, values: Tensor) -> Tensor:
         if average is None:
             return values
+        average = average.to(values.device)
         moved = self.ema * average + (1 - self.ema) * values
         return torch.where(average.isnan(), values, moved)
 

@@ -331,6 +331,37 @@ class Rows:
             state.update(_layout=None, heads=[])
         return state
 
+    def pending_state(self, parameters: Sequence[Tensor]) -> dict[str, Any] | None:
+        """The pending gradients as plain data, None if there are none.
+
+        Args:
+            parameters: what the gradients are of, and maybe more; in an order that stays.
+        """
+        if not self.pending:
+            return None
+        layout, place = self._current, {id(p): i for i, p in enumerate(parameters)}
+        return {
+            "parameters": [place[id(p)] for p in layout.parameters],
+            "reach": [list(row) for row in layout.reach],
+            "shared": list(layout.shared),
+            "jacobian": layout.buffer,
+            "heads": [dict(head) for head in self.heads],
+        }
+
+    def load_pending_state(
+        self, state: dict[str, Any] | None, parameters: Sequence[Tensor]
+    ) -> None:
+        """Takes over a `pending_state`, onto the devices of these parameters."""
+        if state is None:
+            self.pending = False
+            return
+        mine = [parameters[i] for i in state["parameters"]]
+        reach, shared = [tuple(row) for row in state["reach"]], list(state["shared"])
+        buffer = state["jacobian"].to(mine[shared[0]].device, copy=True)
+        layout = _Layout(mine, reach, shared, buffer)
+        heads = [{k: g.to(mine[k].device) for k, g in head.items()} for head in state["heads"]]
+        self._layout, self.heads, self.pending = layout, heads, True
+
     def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
         """Sends the result into `.grad` through AccumulateGrad.
 
