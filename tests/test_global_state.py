@@ -39,8 +39,9 @@ KINDS = [
 def process() -> dict[str, Any]:
     """Settings and random states of torch, NumPy and Python."""
     flags = torch.backends
+    legacy = np.random.get_state()  # noqa: NPY002
     return {
-        "random": [torch.get_rng_state(), random.getstate(), str(np.random.get_state())],
+        "random": [torch.get_rng_state(), random.getstate(), str(legacy)],
         "grad": [torch.is_grad_enabled(), torch.is_inference_mode_enabled()],
         "autocast": [
             *[f(d) for d in ("cpu", "cuda") for f in (torch.is_autocast_enabled, _autocast_dtype)],
@@ -213,19 +214,9 @@ def test_after_a_call_that_failed(
                 method.make(model, opt, call)
             except Fault:
                 n_failed += 1
-            except ValueError as error:
-                # No losses after a step that did not come about.
-                assert name == "famo"
-                assert n_failed, error
             assert_same(process(), before)
-    looks_once = looking_again is fault and name not in (
-        "famo",
-        "marigold",
-        "modo",
-        "moml",
-        "forum",
-    )
-    assert n_failed == 0 if looks_once else n_failed >= 1
+    looks_once = name not in ("famo", "marigold", "modo", "moml", "forum")
+    assert n_failed == 0 if fault is looking_again and looks_once else n_failed >= 1
 
 
 def test_a_checkpoint_that_fails_to_load() -> None:
