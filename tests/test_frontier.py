@@ -185,7 +185,7 @@ def test_the_walk_leaves_no_hooks_behind() -> None:
     assert torch.equal(torch.autograd.grad(loss, [layer.weight])[0], wanted[0])
 
 
-def _random_graph(seed: int) -> tuple[list[Root], list[Tensor]]:
+def random_graph(seed: int) -> tuple[list[Root], list[Tensor]]:
     """Losses on top of operators that take any of the values before them."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -215,9 +215,9 @@ def _random_graph(seed: int) -> tuple[list[Root], list[Tensor]]:
 
 
 @pytest.mark.parametrize("start", range(0, 300, 50))
-def test_random_graphs(start: int) -> None:
+def testrandom_graphs(start: int) -> None:
     n_nested = 0
     for seed in range(start, start + 50):
-        frontier = _check(*_random_graph(seed), 1e-6)
+        frontier = _check(*random_graph(seed), 1e-6)
         n_nested += any(frontier._nested.values())
     assert n_nested, "no graph has an entry behind another"

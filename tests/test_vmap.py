@@ -21,6 +21,7 @@ from benchmarks.accelerator import Accelerator
 from gradbal._losses import _EDGES_ARE_ROOTS
 from gradbal.jacobian import Rows
 from gradbal.jacobian.vmap import FAILURES, VMap
+from tests.test_frontier import random_graph
 from tests.zoo import Plain, make, optimizer, targets
 
 Losses = Callable[[], list[Tensor]]
@@ -505,6 +506,29 @@ def test_a_part_that_not_all_reach_is_not_sent_zeros() -> None:
     assert engine.fallback is None
     assert rows.jacobian[:2].isnan().any(1).all()
     assert rows.jacobian[2:].isfinite().all()
+
+
+@needs_edges
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_random_graphs(chunk_size: int | None) -> None:
+    n_batched = 0
+    for seed in range(150):
+        roots, parameters = random_graph(seed)
+        engine = VMap(chunk_size)
+        found: list[Any] = [None] * len(roots)
+        for block in engine.rows(roots, parameters, True):
+            rows = block.rows(len(parameters))
+            for i, row in zip(block.tasks, rows, strict=True):
+                found[i] = row
+        for (root, c), row in zip(roots, found, strict=True):
+            wanted = torch.autograd.grad(root, parameters, c, retain_graph=True, allow_unused=True)
+            assert [g is None for g in row] == [g is None for g in wanted]
+            for g, other in zip(row, wanted, strict=True):
+                if other is not None:
+                    # Some of the graph is float32.
+                    torch.testing.assert_close(g, other, rtol=1e-6, atol=1e-6)
+        n_batched += engine.fallback is None
+    assert n_batched > 20
 
 
 @needs_edges
