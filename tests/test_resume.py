@@ -13,7 +13,7 @@ from torch.optim import Adam
 
 import gradbal
 from benchmarks.accelerator import Accelerator
-from gradbal import MultiTaskOptimizer
+from gradbal import MultiTaskOptimizer, NonFiniteError
 from gradbal._checkpoint import decode
 from gradbal.aggregators.base import BilevelAggregator
 from tests.drive import DRIVERS, Call, Driver, driver
@@ -278,7 +278,7 @@ def of_host(value: Any) -> Any:
     return [of_host(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def there(device: Accelerator, name: str) -> Driver:
+def there(device: Accelerator, name: str, **more: Any) -> Driver:
     """A method whose model and batches are on the device."""
 
     class There(Driver):
@@ -286,7 +286,7 @@ def there(device: Accelerator, name: str) -> Driver:
             return device.put(super().model())
 
     method, keywords = DRIVERS[name]
-    return There(method, keywords, gather=True, place=device.put)
+    return There(method, keywords, place=device.put, **more)
 
 
 def cuts(method: Driver) -> tuple[dict[int, bytes], dict[str, Any]]:
@@ -307,7 +307,7 @@ def cuts(method: Driver) -> tuple[dict[int, bytes], dict[str, Any]]:
 def test_from_one_device_to_another(
     name: str, before: str, after: str, device: Accelerator
 ) -> None:
-    methods = {"h": driver(name, gather=True), "d": there(device, name)}
+    methods = {"h": driver(name, gather=True), "d": there(device, name, gather=True)}
     files, want = cuts(methods[before])
     method = methods[after]
     calls = list(method.calls(range(STEPS)))
@@ -329,3 +329,25 @@ def test_from_one_device_to_another(
             parts = found["parameters"], want["parameters"]
             torch.testing.assert_close(*parts, rtol=1e-9, atol=1e-12)
         assert all(p.device.type == {"h": "cpu", "d": "cuda"}[after] for p in model.parameters())
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_losses_that_are_still_on_their_way(nonfinite: str, device: Accelerator) -> None:
+    # What `step` looks at, after a `backward` that did not wait for the device.
+    spoiled = frozenset([Call(0, "backward")])
+    method = there(device, "mean", options={"nonfinite": nonfinite}, spoiled=spoiled)
+    model, opt = method.fresh()
+    method.run(model, opt, list(method.calls(range(1)))[:-1])
+    state = opt.state_dict()
+    copies = [copy.deepcopy(opt), method.fresh()[1], driver("mean").fresh()[1]]
+    for other in copies[1:]:
+        other._balancer.nonfinite = nonfinite
+        other.load_state_dict(state)
+    for each in (opt, *copies):
+        if nonfinite == "raise":
+            with pytest.raises(NonFiniteError, match="task 1"):
+                each.step()
+        else:
+            each.step()
+            assert each.diagnostics()["skipped"] == 1
+        assert not each.state
