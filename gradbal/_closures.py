@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradbal._lazy import evaluated
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
 from gradbal.jacobian import check_dense, hooks_held_back
@@ -163,7 +164,7 @@ class Closure:
         torch.clear_autocast_cache()
         try:
             with _buffers_kept(), torch.set_grad_enabled(grad):
-                return self._function()
+                return evaluated(self._function())
         finally:
             torch.clear_autocast_cache()
             self._set_random_state(before)

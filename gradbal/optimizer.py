@@ -15,6 +15,8 @@ from gradbal._checks import (
     check_call,
     check_closures,
     check_fit,
+    check_in_closure,
+    check_lazy,
     check_options,
     check_positive,
     check_shared,
@@ -22,14 +24,10 @@ from gradbal._checks import (
     make_aggregator,
 )
 from gradbal._closures import Closure, Evaluations, read_values
-from gradbal._losses import Losses, read_losses
-from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
-from gradbal.aggregators.base import (
-    Aggregator,
-    BilevelAggregator,
-    ClosureAggregator,
-    Scalarizer,
-)
+from gradbal._lazy import LazyLosses, read_functions
+from gradbal._losses import read_losses
+from gradbal._nonfinite import LateCheck, NonFiniteError
+from gradbal.aggregators.base import Aggregator, BilevelAggregator, ClosureAggregator
 from gradbal.jacobian import make_engine
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
@@ -220,7 +218,11 @@ class MultiTaskOptimizer(Optimizer):
 
     def backward(
         self,
-        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        losses: Sequence[Tensor]
+        | Mapping[str, Tensor]
+        | Tensor
+        | Sequence[Callable[[], Tensor]]
+        | Mapping[str, Callable[[], Tensor]],
         *,
         features: Tensor | None = None,
         independent: Sequence[Any] = (),
@@ -255,25 +257,34 @@ class MultiTaskOptimizer(Optimizer):
         """
         balancer = self._balancer
         check_call(self.aggregator, features, independent, accumulate, self._in_closure)
-        batch = read_losses(losses, balancer.tasks)
-        others = tuple(read_losses(l, batch.names) for l in independent)
-        device = batch.values.device
-        if balancer.loss_transform == "log" and device.type == "cpu":
+        batch = read_functions(losses, balancer.tasks) or read_losses(losses, balancer.tasks)
+        others = tuple(
+            read_functions(l, batch.names) or read_losses(l, batch.names) for l in independent
+        )
+        parameters = self._trained()
+        lazy = any(isinstance(each, LazyLosses) for each in (batch, *others))
+        if lazy:
+            check_lazy(self.aggregator, balancer.engine, features)
+        like = batch.like()
+        if balancer.loss_transform == "log" and like.device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
             for each in (batch, *others):
-                check_positive(each)
-        parameters = self._trained()
+                if not isinstance(each, LazyLosses):
+                    check_positive(each.names, each.values)
         single_pass = not balancer.needs_jacobian(accumulate)
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
-            scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
+            scale, absent = grad_scaler.scale(torch.ones((), device=like.device)), frozenset[int]()
+        elif lazy:
+            # They are not known yet.
+            absent = frozenset()
         else:
-            absent = self._absent([batch, *others], single_pass)
+            absent = balancer.absent([batch, *others], single_pass)
         self.aggregator.learning_rate = _learning_rate(self.optimizer)
-        with _unchanged_by_errors(self.aggregator):
+        with _unchanged_by_errors(self.aggregator, always=lazy):
             if absent is not None:
-                self.aggregator.prepare(len(batch.names), batch.values)
+                self.aggregator.prepare(len(batch.names), like)
             self._late, self._skip_step = None, False
             delivered = (
                 absent is not None
@@ -293,10 +304,10 @@ class MultiTaskOptimizer(Optimizer):
             self._spoiled, self._skip_step = accumulate, True
         elif (
             scale is None
-            and device.type != "cpu"
+            and like.device.type != "cpu"
             and single_pass
             and not accumulate
-            and not self._drops_from(single_pass)
+            and not balancer.drops_from(single_pass)
         ):
             self._late = LateCheck(balancer.found_late(), batch.names)
 
@@ -498,8 +509,9 @@ class MultiTaskOptimizer(Optimizer):
         assert isinstance(aggregator, BilevelAggregator)
         self.zero_grad()
         losses = train.first()
+        check_in_closure(aggregator, losses)
         batch = read_losses(losses, balancer.tasks)
-        if self._absent([batch], single_pass=True) is None:
+        if balancer.absent([batch], single_pass=True) is None:
             self._n_skipped += 1
             return losses
         evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
@@ -522,25 +534,6 @@ class MultiTaskOptimizer(Optimizer):
         self.optimizer.step()
         return losses
 
-    def _drops_from(self, single_pass: bool) -> bool:
-        """Whether a task may have to be left out of a single pass, before it starts."""
-        drops = self._balancer.nonfinite == "drop" and not isinstance(self.aggregator, Scalarizer)
-        return drops and single_pass
-
-    def _absent(self, batches: Sequence[Losses], single_pass: bool) -> frozenset[int] | None:
-        """Tasks that sit this step out since their loss is not finite; None skips the step."""
-        policy, batch = self._balancer.nonfinite, batches[0]
-        if batch.values.device.type != "cpu" and not self._drops_from(single_pass):
-            # Reading would wait for the device. The losses come to the host with the Gramian; after
-            # a single pass `step` looks at a copy.
-            return frozenset()
-        bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
-        if bad and policy == "raise":
-            raise NonFiniteError("losses", [batch.names[i] for i in bad])
-        if bad and (policy == "skip" or len(bad) == len(batch.names)):
-            return None
-        return frozenset(bad)
-
     def _check_late(self) -> None:
         """Looks at losses that were on their way to the host while `backward` ran."""
         late, self._late = self._late, None
@@ -559,6 +552,7 @@ class MultiTaskOptimizer(Optimizer):
         losses = closure.first()
         if losses is None:
             raise TypeError("the closure must return the losses, found None")
+        check_in_closure(self.aggregator, losses)
         self._in_closure = True
         try:
             self.backward(losses)
@@ -572,9 +566,11 @@ class MultiTaskOptimizer(Optimizer):
 
 
 @contextlib.contextmanager
-def _unchanged_by_errors(aggregator: Aggregator) -> Iterator[None]:
-    """What a method remembers from one evaluation of the losses to the next is put back."""
-    before = aggregator.state_dict() if isinstance(aggregator, ClosureAggregator) else None
+def _unchanged_by_errors(aggregator: Aggregator, always: bool = False) -> Iterator[None]:
+    """What a method remembers from one evaluation of the losses to the next is put back; `always`,
+    for every method."""
+    remembers = always or isinstance(aggregator, ClosureAggregator)
+    before = aggregator.state_dict() if remembers else None
     try:
         yield
     except BaseException:

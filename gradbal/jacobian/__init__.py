@@ -12,11 +12,14 @@ from gradbal.jacobian.engines import (
     make_engine,
 )
 from gradbal.jacobian.graph import (
+    Root,
+    RootsInTurn,
     check_dense,
     hooks_held_back,
     reached_parameters,
     shared_indices,
 )
+from gradbal.jacobian.loop import gradients_of
 from gradbal.jacobian.products import (
     BLOCK,
     CHUNK,
@@ -28,6 +31,7 @@ from gradbal.jacobian.products import (
     wants_exact,
 )
 from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.sums import WeightedSum
 
 __all__ = [
     "BLOCK",
@@ -37,11 +41,15 @@ __all__ = [
     "Engine",
     "Found",
     "GramianEngine",
+    "Root",
+    "RootsInTurn",
     "Rows",
     "RowsEngine",
+    "WeightedSum",
     "check_dense",
     "combine",
     "cross_gramian",
+    "gradients_of",
     "gramian",
     "hooks_held_back",
     "make_engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 __all__ = [
     "Reach",
     "Root",
+    "RootsInTurn",
     "check_dense",
     "hooks_held_back",
     "reached_parameters",
@@ -23,6 +25,16 @@ Reach = tuple[bool, ...]
 
 Root = tuple[Tensor | GradientEdge, Tensor]
 """Where a loss's backward pass starts, and with which cotangent."""
+
+
+class RootsInTurn(Protocol):
+    """Roots that are made one after another, each when the pass before is done."""
+
+    def __len__(self) -> int: ...
+
+    def make(self, i: int) -> Root:
+        """The root of task i; called once for each, in order."""
+        ...
 
 
 def reached_parameters(

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradbal.jacobian.graph import Root
+from gradbal.jacobian.graph import Root, hooks_held_back
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "gradients_of"]
 
 
 class Loop:
@@ -29,3 +29,12 @@ class Loop:
                 retain_graph=retain_graph or i < len(roots),
                 allow_unused=True,
             )
+
+
+def gradients_of(
+    root: Root, parameters: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of one loss, in a pass of its own; hooks of the parameters do not run."""
+    with hooks_held_back(parameters):
+        (grads,) = Loop().rows([root], parameters, retain_graph)
+    return grads

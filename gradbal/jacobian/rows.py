@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,17 @@ from gradbal.jacobian.engines import RowsEngine
 from gradbal.jacobian.graph import (
     Reach,
     Root,
+    RootsInTurn,
     check_dense,
     hooks_held_back,
     reached_parameters,
     shared_indices,
 )
-from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.loop import Loop, gradients_of
 
 __all__ = ["Rows"]
+
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -151,7 +154,7 @@ class Rows:
 
     def take(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root] | RootsInTurn,
         parameters: Sequence[Tensor],
         *,
         sit_out: frozenset[int] = frozenset(),
@@ -160,7 +163,8 @@ class Rows:
         """Takes the T gradients, and adds them to pending ones if there are any.
 
         Args:
-            roots: for each loss, where its backward pass starts and with which cotangent.
+            roots: for each loss, where its backward pass starts and with which cotangent. Those
+                made in turn have one pass each before the next is asked for.
             parameters: n leaf tensors that require grad.
             sit_out: tasks whose rows are left zero.
             retain_graph: keep the graph after the last pass.
@@ -185,30 +189,67 @@ class Rows:
             self._layout = layout = None
         accumulate, self.pending = self.pending, False
         if not accumulate:
-            self.heads = [{} for _ in roots]
-        if layout is None:
+            self.heads = [{} for _ in range(len(roots))]
+        loose: list[dict[int, Tensor]] | None = None
+        untaken: dict[int, Reach] = {}
+        if layout is None and isinstance(roots, Sequence):
             reach = reached_parameters((root for root, _ in roots), parameters)
             layout = self._new_layout(parameters, reach)
-        loose: list[dict[int, Tensor]] | None = None
-        if not accumulate:
+        elif layout is None:
+            # What is shared shows when the last one is made.
+            loose = [{} for _ in range(len(roots))]
+        if layout is not None and not accumulate:
             for i in sit_out:
                 layout.buffer[i].zero_()
-        present = [i for i in range(len(roots)) if i not in sit_out]
-        taken = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
-        with hooks_held_back(parameters):
-            for i, grads in zip(present, taken, strict=True):
+        if isinstance(roots, Sequence):
+            present = [i for i in range(len(roots)) if i not in sit_out]
+            rows = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
+            taken: Iterator[tuple[int, Gradients]] = zip(present, rows, strict=True)
+            held_back = parameters
+        else:
+            taken = self._in_turn(roots, parameters, sit_out, retain_graph, untaken)
+            # Users' code runs between these passes.
+            held_back = []
+        with hooks_held_back(held_back):
+            for i, grads in taken:
                 check_dense(grads, parameters)
                 found = tuple(g is not None for g in grads)
-                if loose is None and found != layout.reach[i]:
+                if loose is None and layout is not None and found != layout.reach[i]:
                     written = len(roots) if accumulate else i
                     loose = self._loosen(layout, written, sit_out)
                 if loose is None:
+                    assert layout is not None
                     self._write(layout, i, grads, accumulate)
                 else:
                     _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
+                # Not to be there beside the next task's activations.
+                del grads
         self._layout = layout
         if loose is not None:
-            self._rebuild(parameters, loose)
+            self._rebuild(parameters, loose, untaken)
+
+    def _in_turn(
+        self,
+        roots: RootsInTurn,
+        parameters: Sequence[Tensor],
+        sit_out: frozenset[int],
+        retain_graph: bool,
+        untaken: dict[int, Reach],
+    ) -> Iterator[tuple[int, Gradients]]:
+        """The gradients of each root, which is forgotten before the next is made.
+
+        What the others would reach is noted in `untaken`, where there is no layout yet.
+        """
+        for i in range(len(roots)):
+            root = roots.make(i)
+            if self._layout is None:
+                # For those that are taken too: it refuses graphs that would silently go untrained.
+                (untaken[i],) = reached_parameters([root[0]], parameters)
+            if i not in sit_out:
+                untaken.pop(i, None)
+                yield i, gradients_of(root, parameters, retain_graph)
+            # Before the next one is made.
+            del root
 
     def _write(
         self, layout: _Layout, i: int, grads: Sequence[Tensor | None], accumulate: bool
@@ -229,13 +270,20 @@ class Rows:
                 loose[i].update((k, view.clone()) for k, view in layout.views[i].items())
         return loose
 
-    def _rebuild(self, parameters: list[Tensor], loose: list[dict[int, Tensor]]) -> None:
+    def _rebuild(
+        self, parameters: list[Tensor], loose: list[dict[int, Tensor]], untaken: dict[int, Reach]
+    ) -> None:
         reach = [tuple(k in row for k in range(len(parameters))) for row in loose]
+        for i, reached in untaken.items():
+            reach[i] = reached
         layout = self._new_layout(parameters, reach)
         for i, row in enumerate(loose):
+            if i in untaken:
+                continue
             for k, view in layout.views[i].items():
                 view.copy_(row[k])
             self.heads[i] = {k: row[k] for k in layout.heads[i]}
+            row.clear()
         self._layout = layout
 
     def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
