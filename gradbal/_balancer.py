@@ -644,7 +644,7 @@ class Balancer:
         batch, absent = call.batch, call.absent
         assert isinstance(batch, Losses)
         values, factors = self._transformed(batch)
-        if not self._graph_seen:
+        if not self._graph_seen or call.retain_graph:
             # Refuses a graph that would silently go untrained; once, as a walk is not free.
             reached_parameters((root for root, _ in batch.roots(factors)), call.parameters)
             self._graph_seen = True

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradbal._lazy import evaluated
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
-from gradbal.jacobian import check_dense, hooks_held_back
+from gradbal.jacobian import check_dense, gradients, hooks_held_back
 
 __all__ = ["Closure", "Evaluations", "length", "read_values"]
 
@@ -352,9 +352,7 @@ class Evaluations:
 
     def _gradients(self, roots: Any, cotangents: Any) -> Sequence[Tensor | None]:
         with hooks_held_back(self._parameters):
-            grads = torch.autograd.grad(
-                roots, self._parameters, cotangents, retain_graph=True, allow_unused=True
-            )
+            grads = gradients(roots, self._parameters, cotangents, retain_graph=True)
         check_dense(grads, self._parameters)
         pairs = zip(self._parameters, grads, strict=True)
         self.reached.update(id(p) for p, g in pairs if g is not None)

@@ -3,6 +3,7 @@
 It never knows which method is in use, and makes no device-to-host synchronisation.
 """
 
+from gradbal.jacobian.compiled import gradients
 from gradbal.jacobian.engines import (
     ENGINES,
     Engine,
@@ -49,6 +50,7 @@ __all__ = [
     "check_dense",
     "combine",
     "cross_gramian",
+    "gradients",
     "gradients_of",
     "gramian",
     "hooks_held_back",

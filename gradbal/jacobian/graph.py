@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from gradbal.jacobian.compiled import keep_buffers
+
 __all__ = [
     "Reach",
     "Root",
@@ -43,6 +45,8 @@ def reached_parameters(
     stop: GradientEdge | None = None,
 ) -> list[Reach]:
     """Which parameters a backward pass from each root would reach, read from the graph.
+
+    Compiled parts that it meets can be walked more than once from then on.
 
     Args:
         roots: T tensors that require grad, or edges of the graph.
@@ -79,6 +83,7 @@ def reached_parameters(
                     "activation checkpointing must be non-reentrant, found reentrant; "
                     "call checkpoint(..., use_reentrant=False)"
                 )
+            keep_buffers(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True

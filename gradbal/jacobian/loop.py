@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from gradbal.jacobian.compiled import gradients
 from gradbal.jacobian.graph import Root, hooks_held_back
 
 __all__ = ["Loop", "gradients_of"]
@@ -22,13 +22,7 @@ class Loop:
     ) -> Iterator[tuple[Tensor | None, ...]]:
         """For each root its gradients with respect to the parameters, None where it has none."""
         for i, (root, cotangent) in enumerate(roots, 1):
-            yield torch.autograd.grad(
-                root,
-                parameters,
-                cotangent,
-                retain_graph=retain_graph or i < len(roots),
-                allow_unused=True,
-            )
+            yield gradients(root, parameters, cotangent, retain_graph or i < len(roots))
 
 
 def gradients_of(
