@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,15 @@ from gradbal.jacobian import make_engine
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 _FORMAT = 1
+
+# In a compiled training step these run as they are, between its compiled parts. torch.optim's own
+# marker, since `torch.compiler.disable` imports the compiler at once, which takes seconds.
+_not_compiled: Callable[[_Method], _Method] = getattr(
+    torch, "_disable_dynamo", lambda method: method
+)
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -216,6 +224,7 @@ class MultiTaskOptimizer(Optimizer):
 
     # Training.
 
+    @_not_compiled
     def backward(
         self,
         losses: Sequence[Tensor]
@@ -311,6 +320,7 @@ class MultiTaskOptimizer(Optimizer):
         ):
             self._late = LateCheck(balancer.found_late(), batch.names)
 
+    @_not_compiled
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -367,6 +377,7 @@ class MultiTaskOptimizer(Optimizer):
             looking.update(read_values(train.again(grad=False), self._balancer.tasks))
         return losses
 
+    @_not_compiled
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
         """The losses after the step, for methods that look again; the others do nothing.
 

@@ -1,15 +1,18 @@
-"""Compiled parts of a graph, which do not like to be walked more than once."""
+"""Compiled parts of a graph, which hide what is inside and may be walked only once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["gradients", "keep_buffers"]
+__all__ = ["edges_onward", "gradients", "has_compiled_parts", "is_compiled", "keep_buffers"]
+
+Edge = tuple[Node | None, int]
 
 _COMPILED = "CompiledFunctionBackward"
 _COMPLAINT = "donated buffer"
@@ -42,7 +45,9 @@ def gradients(
         if _COMPLAINT not in str(error):
             raise
     # Nothing of the graph is gone, since it was to be kept.
-    _keep_all_buffers([roots] if isinstance(roots, Tensor | GradientEdge) else roots)
+    for node in _nodes([roots] if isinstance(roots, Tensor | GradientEdge) else roots):
+        if is_compiled(node):
+            keep_buffers(node)
     try:
         return attempt()
     except RuntimeError as error:
@@ -55,15 +60,84 @@ def gradients(
         ) from error
 
 
+def is_compiled(node: Node) -> bool:
+    """Whether a node of the graph stands for a compiled part of it."""
+    return node.name() == _COMPILED
+
+
+def has_compiled_parts(root: Tensor | GradientEdge) -> bool:
+    """Whether a backward pass from here meets any."""
+    return any(map(is_compiled, _nodes([root])))
+
+
+def edges_onward(node: Node, output: int) -> Sequence[Edge]:
+    """Where a pass goes on that comes from one output of a compiled part.
+
+    All of them, where torch does not tell what is inside. The gradients of the others are zeros.
+    """
+    edges = node.next_functions
+    inputs = _inputs_of(getattr(node, "_forward_cls", None)).get(output)
+    if inputs is None or inputs[1] != len(edges):
+        return edges
+    return [edge for j, edge in enumerate(edges) if j in inputs[0]]
+
+
+_known: weakref.WeakKeyDictionary[Any, dict[int, tuple[frozenset[int], int]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _inputs_of(function: Any) -> dict[int, tuple[frozenset[int], int]]:
+    """For each output of a compiled part the inputs that it depends on, and the number of all."""
+    if function is None:
+        return {}
+    if function not in _known:
+        try:
+            _known[function] = _read_graph(function)
+        except (AttributeError, TypeError):
+            # Another version of torch keeps it elsewhere.
+            _known[function] = {}
+    return _known[function]
+
+
+def _read_graph(function: Any) -> dict[int, tuple[frozenset[int], int]]:
+    metadata, info = function.metadata, function._lazy_backward_info
+    module = info.bw_module if hasattr(info, "bw_module") else info.bw_module_fn()
+    first = metadata.num_mutated_inp_runtime_indices
+    outputs = [first + i for i, o in enumerate(metadata.output_info) if o.requires_grad]
+    tangents = [n for n in module.graph.nodes if n.op == "placeholder" and "tangents" in n.name]
+    if (
+        metadata.num_intermediate_bases
+        or metadata.num_outputs_aliased
+        or any(i.mutates_data and i.requires_grad for i in metadata.input_info)
+        or function.maybe_subclass_metadata is not None
+        or len(outputs) != len(tangents)
+    ):
+        return {}
+    # Which of the outputs' gradients each node of the backward graph is computed from.
+    sources: dict[Any, set[int]] = {n: {k} for n, k in zip(tangents, outputs, strict=True)}
+    for n in module.graph.nodes:
+        if n.op == "output":
+            grads = n.args[0]
+            return {
+                k: (
+                    frozenset(j for j, g in enumerate(grads) if k in sources.get(g, ())),
+                    len(grads),
+                )
+                for k in outputs
+            }
+        if n not in sources:
+            sources[n] = set().union(*(sources[m] for m in n.all_input_nodes))
+    return {}
+
+
 def keep_buffers(node: Node) -> None:
-    """Lets a node of the graph be walked again, where it is of a compiled part.
+    """Lets a compiled part of the graph be walked again.
 
     The compiled backward pass may write into what the forward pass has saved ("donated buffers"),
     and refuses to run where the graph is to be kept. It gets copies then. A part that is not
     compiled yet will be compiled without.
     """
-    if node.name() != _COMPILED:
-        return
     function: Any = getattr(node, "_forward_cls", None)
     metadata = getattr(function, "metadata", None)
     found = getattr(metadata, "bw_donated_idxs", [])
@@ -97,7 +171,8 @@ class _OnCopies(staticmethod):  # type: ignore[type-arg]
         super().__init__(run)
 
 
-def _keep_all_buffers(roots: Sequence[Tensor | GradientEdge]) -> None:
+def _nodes(roots: Sequence[Tensor | GradientEdge]) -> Iterator[Node]:
+    """All that backward passes from these roots meet."""
     stack: list[Node | None] = [
         (get_gradient_edge(root) if isinstance(root, Tensor) else root).node for root in roots
     ]
@@ -107,5 +182,5 @@ def _keep_all_buffers(roots: Sequence[Tensor | GradientEdge]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        keep_buffers(node)
+        yield node
         stack.extend(n for n, _ in node.next_functions)

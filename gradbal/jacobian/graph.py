@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradbal.jacobian.compiled import keep_buffers
+from gradbal.jacobian.compiled import (
+    edges_onward,
+    has_compiled_parts,
+    is_compiled,
+    keep_buffers,
+)
 
 __all__ = [
     "Reach",
@@ -18,6 +23,7 @@ __all__ = [
     "RootsInTurn",
     "check_dense",
     "hooks_held_back",
+    "only_reached",
     "reached_parameters",
     "shared_indices",
 ]
@@ -66,7 +72,7 @@ def reached_parameters(
     result = []
     for root in roots:
         found = [False] * len(parameters)
-        seen: set[Node] = set()
+        seen: set[object] = set()
         stack: list[tuple[Node | None, int]] = [
             _ends(get_gradient_edge(root) if isinstance(root, Tensor) else root)
         ]
@@ -83,13 +89,33 @@ def reached_parameters(
                     "activation checkpointing must be non-reentrant, found reentrant; "
                     "call checkpoint(..., use_reentrant=False)"
                 )
-            keep_buffers(node)
+            if is_compiled(node):
+                keep_buffers(node)
+                # The same part may be met again, through another of its outputs.
+                seen.remove(node)
+                if edge not in seen:
+                    seen.add(edge)
+                    stack.extend(edges_onward(node, edge[1]))
+                continue
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True
             stack.extend(node.next_functions)
         result.append(tuple(found))
     return result
+
+
+def only_reached(
+    root: Tensor | GradientEdge,
+    parameters: Sequence[Tensor],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss without those zeros that compiled parts give to what it does not
+    reach."""
+    if not has_compiled_parts(root):
+        return grads
+    (reach,) = reached_parameters([root], parameters)
+    return tuple(g if reached else None for g, reached in zip(grads, reach, strict=True))
 
 
 def _ends(edge: GradientEdge) -> tuple[Node | None, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from gradbal.jacobian.compiled import gradients
-from gradbal.jacobian.graph import Root, hooks_held_back
+from gradbal.jacobian.graph import Root, hooks_held_back, only_reached
 
 __all__ = ["Loop", "gradients_of"]
 
@@ -31,4 +31,4 @@ def gradients_of(
     """The gradients of one loss, in a pass of its own; hooks of the parameters do not run."""
     with hooks_held_back(parameters):
         (grads,) = Loop().rows([root], parameters, retain_graph)
-    return grads
+    return only_reached(root[0], parameters, grads)

@@ -16,6 +16,7 @@ from gradbal.jacobian.graph import (
     RootsInTurn,
     check_dense,
     hooks_held_back,
+    only_reached,
     reached_parameters,
     shared_indices,
 )
@@ -214,6 +215,9 @@ class Rows:
             for i, grads in taken:
                 check_dense(grads, parameters)
                 found = tuple(g is not None for g in grads)
+                if isinstance(roots, Sequence) and (layout is None or found != layout.reach[i]):
+                    grads = only_reached(roots[i][0], parameters, grads)
+                    found = tuple(g is not None for g in grads)
                 if loose is None and layout is not None and found != layout.reach[i]:
                     written = len(roots) if accumulate else i
                     loose = self._loosen(layout, written, sit_out)
