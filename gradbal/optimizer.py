@@ -245,7 +245,11 @@ class MultiTaskOptimizer(Optimizer):
             losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor (one made by
                 `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
                 step. A 1-D tensor made in any other way cannot be taken apart: every loss then
-                reaches all that it was made from.
+                reaches all that it was made from. Or T functions without arguments in their place,
+                as a list, tuple or dict: each is called once, in the order of the first step, right
+                before its own backward pass, and its graph is freed before the next is called. Then
+                one task's activations are there at a time, and turns and weights that do not depend
+                on the losses are settled before any is known.
             features: z, the representation that the heads start from, for the methods that work
                 there (`mgda_ub`, `aligned_mtl_ub`, ...) and any other that works on the Gramian.
                 The Jacobian is then taken at z, flattened over batch and features; one pass goes on
@@ -257,12 +261,14 @@ class MultiTaskOptimizer(Optimizer):
                 losses by the number of micro-batches for a mean.
             grad_scaler: the `GradScaler` whose `step` follows. The losses are the plain ones;
                 gradients land scaled, and an overflow is left to the scaler.
-            retain_graph: keep the losses' graph.
+            retain_graph: keep the losses' graph; with functions, for what they have in common.
 
         Raises:
             TypeError, ValueError: losses that are not what is said above; nothing has changed then.
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
-                has changed, except that pending gradients are given up if it was a gradient.
+                has changed, except that pending gradients are given up if it was a gradient or a
+                function's loss. So it is where a function itself raises.
+            RuntimeError: a compiled part of the model does not allow several backward passes.
         """
         balancer = self._balancer
         check_call(self.aggregator, features, independent, accumulate, self._in_closure)
@@ -341,7 +347,8 @@ class MultiTaskOptimizer(Optimizer):
             What the closure returned the first time, or what the wrapped optimizer's step returns.
 
         Raises:
-            ValueError: the method needs a closure that is not there, or has no use for one that is.
+            ValueError: the method needs a closure that is not there, or has no use for one that is;
+                or it needs all losses at once, and the closure returns functions.
         """
         aggregator = self.aggregator
         check_closures(aggregator, closure, val_closure)

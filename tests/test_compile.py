@@ -73,14 +73,14 @@ def optimizer(model: Zoo, aggregator: str, **options: Any) -> MultiTaskOptimizer
 def assert_runs_are_the_same(
     name: str, aggregator: str, losses: Callable[[Zoo], Losses], *, lazily: bool = False, **opt: Any
 ) -> None:
-    """Three steps, and one of two micro-batches of other sizes."""
+    """Two steps, and one of two micro-batches of other sizes."""
     model = make(name)
     twin = copy.deepcopy(model)
     runs = [(model, losses(model)), (twin, twin.losses)]
     for each, function in runs:
         torch.manual_seed(1)
         made = optimizer(each, aggregator, **opt)
-        for sizes in ([6], [6], [6], [4, 2]):
+        for sizes in ([6], [6], [4, 2]):
             made.zero_grad()
             for i, batch in enumerate(each.batch().split(sizes)):
                 given = function(batch)
@@ -95,14 +95,15 @@ def assert_runs_are_the_same(
 
 
 @pytest.mark.parametrize("aggregator", METHODS)
-@pytest.mark.parametrize("what", ["trunk", "heads", "trunk and heads"])
+@pytest.mark.parametrize("what", ["trunk", "trunk and heads"])
 def test_compiled_parts(what: str, aggregator: str) -> None:
     assert_runs_are_the_same("Plain", aggregator, lambda model: partly(model, what), heads="own")
 
 
 @tells
-@pytest.mark.parametrize("aggregator", METHODS)
-@pytest.mark.parametrize("what", ["model", "losses"])
+@pytest.mark.parametrize(
+    ("what", "aggregator"), [("model", "upgrad"), *(("losses", name) for name in METHODS)]
+)
 def test_compiled_as_a_whole(what: str, aggregator: str) -> None:
     """Heads are still told from the trunk, although one node of the graph has all of them."""
     assert_runs_are_the_same("Plain", aggregator, lambda model: partly(model, what), heads="own")
@@ -127,7 +128,7 @@ def test_compiled_as_a_whole_with_shared_parameters_named(aggregator: str) -> No
 @pytest.mark.parametrize(
     "options", [{"update_every": 2}, {"heads": "weighted"}, {"nonfinite": "drop"}], ids=str
 )
-@pytest.mark.parametrize("what", ["trunk and heads", "losses"])
+@pytest.mark.parametrize("what", ["losses"])
 def test_options(what: str, options: dict[str, Any]) -> None:
     assert_runs_are_the_same("Plain", "upgrad", lambda model: partly(model, what), **options)
 
@@ -140,8 +141,9 @@ def test_statistics_and_random_masks(name: str, what: str) -> None:
 
 
 @tells
-@pytest.mark.parametrize("aggregator", METHODS)
-@pytest.mark.parametrize("what", ["trunk", "losses"])
+@pytest.mark.parametrize(
+    ("what", "aggregator"), [("trunk", "upgrad"), ("losses", "sum"), ("losses", "upgrad")]
+)
 def test_functions_of_compiled_parts(what: str, aggregator: str) -> None:
     losses = lambda model: partly(model, what)  # noqa: E731
     assert_runs_are_the_same("Plain", aggregator, losses, lazily=True, heads="own")
@@ -177,44 +179,38 @@ def test_a_model_that_is_compiled_in_the_middle_of_a_run() -> None:
 # Donated buffers.
 
 
-def _warm(model: Zoo, losses: Losses) -> None:
-    """A plain backward pass, with which the compiled one is made; it donates its buffers."""
+def _warmed(model: Zoo) -> Losses:
+    """Compiled losses after a plain backward pass, so that the compiled one donates its buffers."""
+    losses = partly(model, "losses")
     sum(losses(model.batch())).backward()
     model.zero_grad()
+    return losses
 
 
 @donates
-@pytest.mark.parametrize("what", ["trunk", "trunk and heads", "losses"])
-def test_the_trap_is_there(what: str) -> None:
+def test_the_trap_is_there() -> None:
     model = make("Plain")
-    losses = partly(model, what)
-    _warm(model, losses)
+    losses = _warmed(model)
     with pytest.raises(RuntimeError, match="donated buffer"):
         torch.autograd.grad(losses(model.batch())[0], model.trunk[0].weight, retain_graph=True)
 
 
-def _warmed(model: Zoo, what: str) -> Losses:
-    losses = partly(model, what)
-    _warm(model, losses)
-    return losses
-
-
 @tells
-@pytest.mark.parametrize("options", [{"heads": "own"}, {"update_every": 2}], ids=str)
-@pytest.mark.parametrize("aggregator", METHODS)
-@pytest.mark.parametrize("what", ["trunk", "trunk and heads", "losses"])
-def test_after_a_plain_backward_pass(what: str, aggregator: str, options: dict[str, Any]) -> None:
-    if aggregator == "graddrop":
-        options = {"heads": "own"}
-    assert_runs_are_the_same("Plain", aggregator, lambda model: _warmed(model, what), **options)
+@pytest.mark.parametrize(
+    ("aggregator", "options"),
+    [("sum", {"heads": "own"}), ("upgrad", {"heads": "own"}), ("upgrad", {"update_every": 2})],
+    ids=str,
+)
+def test_after_a_plain_backward_pass(aggregator: str, options: dict[str, Any]) -> None:
+    assert_runs_are_the_same("Plain", aggregator, _warmed, **options)
 
 
 @tells
 def test_a_kept_graph_can_be_walked_again() -> None:
-    for aggregator in METHODS:
+    for aggregator in ("sum", "upgrad"):
         model = make("Plain")
         opt = optimizer(model, aggregator)
-        losses = _warmed(model, "trunk and heads")
+        losses = _warmed(model)
         opt.backward(losses(model.batch()))
         opt.zero_grad()
         given = losses(model.batch())
@@ -223,9 +219,8 @@ def test_a_kept_graph_can_be_walked_again() -> None:
         got = [p.grad.clone() for p in model.parameters()]
         opt.zero_grad()
         opt.backward(given)
-        if aggregator != "graddrop":
-            for p, g in zip(model.parameters(), got, strict=True):
-                torch.testing.assert_close(p.grad, g)
+        for p, g in zip(model.parameters(), got, strict=True):
+            torch.testing.assert_close(p.grad, g)
 
 
 @donates
@@ -238,7 +233,7 @@ def test_where_no_copies_can_be_made_the_error_says_what_to_write(
     opt = optimizer(model, "upgrad")
     opt.backward(model.losses(model.batch()))
     opt.step()
-    losses = _warmed(model, "trunk")
+    losses = _warmed(model)
     before = snapshot(model, opt)
     with pytest.raises(RuntimeError, match=r"torch\._functorch\.config\.donated_buffer = False"):
         opt.backward(losses(model.batch()))
@@ -249,7 +244,7 @@ def test_where_no_copies_can_be_made_the_error_says_what_to_write(
 def test_evaluations_walk_compiled_parts_again() -> None:
     model = make("Plain")
     twin = copy.deepcopy(model)
-    for each, losses in ((model, _warmed(model, "trunk")), (twin, twin.losses)):
+    for each, losses in ((model, _warmed(model)), (twin, twin.losses)):
         opt = MultiTaskOptimizer(SGD(each.parameters(), lr=0.05), "moml")
         for _ in range(2):
             opt.step(
@@ -284,7 +279,7 @@ def test_code_that_does_overwrite_its_buffers() -> None:
 
 
 @tells
-@pytest.mark.parametrize("aggregator", [*METHODS, "uw", "dwa", "m_config"])
+@pytest.mark.parametrize("aggregator", ["uw", "dwa", "upgrad", "m_config"])
 def test_a_compiled_training_step(aggregator: str) -> None:
     model = make("Plain")
     twin = copy.deepcopy(model)
@@ -320,14 +315,13 @@ def test_a_training_step_breaks_nowhere_but_at_the_calls(aggregator: str) -> Non
     assert found.graph_break_count <= 1
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("width", [10, 70_000, 300_000])
-def test_products_compile_into_one_graph(width: int, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [10, 300_000])
+def test_products_compile_into_one_graph(width: int, dtype: torch.dtype) -> None:
     j = torch.randn(3, width).to(dtype)
     w = torch.rand(3, dtype=torch.float64)
     for function, arguments in ((gramian, (j,)), (combine, (w, j)), (cross_gramian, (j, j + 1))):
-        compiled = torch.compile(function, backend=backend, fullgraph=True)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
         # Blocked float32 products are right to 1e-6; compiled ones are in float64.
         tolerance = {"rtol": 1e-5, "atol": 1e-6 * width} if function is gramian else {}
         torch.testing.assert_close(compiled(*arguments), function(*arguments), **tolerance)

@@ -75,32 +75,31 @@ def edges_onward(node: Node, output: int) -> Sequence[Edge]:
 
     All of them, where torch does not tell what is inside. The gradients of the others are zeros.
     """
-    edges = node.next_functions
-    inputs = _inputs_of(getattr(node, "_forward_cls", None)).get(output)
-    if inputs is None or inputs[1] != len(edges):
+    # Inputs that have no gradient have no edge, or one that leads nowhere: sizes, data, statistics.
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    depends = _inputs_of(getattr(node, "_forward_cls", None)).get(output)
+    if depends is None or len(depends) != len(edges):
         return edges
-    return [edge for j, edge in enumerate(edges) if j in inputs[0]]
+    return [edge for edge, is_used in zip(edges, depends, strict=True) if is_used]
 
 
-_known: weakref.WeakKeyDictionary[Any, dict[int, tuple[frozenset[int], int]]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: weakref.WeakKeyDictionary[Any, dict[int, list[bool]]] = weakref.WeakKeyDictionary()
 
 
-def _inputs_of(function: Any) -> dict[int, tuple[frozenset[int], int]]:
-    """For each output of a compiled part the inputs that it depends on, and the number of all."""
+def _inputs_of(function: Any) -> dict[int, list[bool]]:
+    """For each output of a compiled part, whether it depends on each input that has a gradient."""
     if function is None:
         return {}
     if function not in _known:
         try:
             _known[function] = _read_graph(function)
-        except (AttributeError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             # Another version of torch keeps it elsewhere.
             _known[function] = {}
     return _known[function]
 
 
-def _read_graph(function: Any) -> dict[int, tuple[frozenset[int], int]]:
+def _read_graph(function: Any) -> dict[int, list[bool]]:
     metadata, info = function.metadata, function._lazy_backward_info
     module = info.bw_module if hasattr(info, "bw_module") else info.bw_module_fn()
     first = metadata.num_mutated_inp_runtime_indices
@@ -118,14 +117,8 @@ def _read_graph(function: Any) -> dict[int, tuple[frozenset[int], int]]:
     sources: dict[Any, set[int]] = {n: {k} for n, k in zip(tangents, outputs, strict=True)}
     for n in module.graph.nodes:
         if n.op == "output":
-            grads = n.args[0]
-            return {
-                k: (
-                    frozenset(j for j, g in enumerate(grads) if k in sources.get(g, ())),
-                    len(grads),
-                )
-                for k in outputs
-            }
+            grads = [g for g in n.args[0] if g is not None]
+            return {k: [k in sources[g] for g in grads] for k in outputs}
         if n not in sources:
             sources[n] = set().union(*(sources[m] for m in n.all_input_nodes))
     return {}
