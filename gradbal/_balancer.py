@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradbal._checks import check_positive
+from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses, Names
-from gradbal._nonfinite import HostValues, NonFiniteError
+from gradbal._nonfinite import HostValues, NonFiniteError, not_finite
 from gradbal._representation import Representation
 from gradbal._undo import remembered
 from gradbal.aggregators.base import (
@@ -24,11 +26,15 @@ from gradbal.aggregators.base import (
 from gradbal.jacobian import (
     Engine,
     GramianEngine,
+    Root,
+    RootsInTurn,
     Rows,
     RowsEngine,
     Sketch,
+    WeightedSum,
     combine,
     cross_gramian,
+    gradients_of,
     gramian,
     reached_parameters,
     shared_indices,
@@ -46,20 +52,26 @@ class BackwardCall:
     """What one call of `backward` asks for.
 
     batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
-    sit this step out. accumulate: only gather, and aggregate at the next call without it. scale:
-    0-dim loss scale, or None; with it an overflow is delivered as inf. retain_graph: keep the
-    losses' graph. features: the representation at which the Jacobian is taken, or None.
+    sit this step out, as far as that is known before lazy losses are evaluated. accumulate: only
+    gather, and aggregate at the next call without it. scale: 0-dim loss scale, or None; with it an
+    overflow is delivered as inf. retain_graph: keep the losses' graph. features: the representation
+    at which the Jacobian is taken, or None.
     independent: losses of further, independent batches.
     """
 
-    batch: Losses
+    batch: Losses | LazyLosses
     parameters: list[Tensor]
     absent: frozenset[int]
     accumulate: bool
     scale: Tensor | None
     retain_graph: bool
     features: Tensor | None = None
-    independent: tuple[Losses, ...] = ()
+    independent: tuple[Losses | LazyLosses, ...] = ()
+
+    @property
+    def lazy(self) -> bool:
+        """Whether any losses are not evaluated yet."""
+        return any(isinstance(b, LazyLosses) for b in (self.batch, *self.independent))
 
 
 class _Examined(NamedTuple):
@@ -163,10 +175,11 @@ class Balancer:
         """Puts the balanced gradients into `.grad` of the parameters.
 
         Returns:
-            False if a gradient is not finite and the step is to be skipped; nothing was delivered.
+            False if a gradient or a lazy loss is not finite and the step is to be skipped; nothing
+            was delivered.
 
         Raises:
-            NonFiniteError: a gradient is not finite, under `nonfinite="raise"`.
+            NonFiniteError: a gradient or a lazy loss is not finite, under `nonfinite="raise"`.
         """
         self.tasks = call.batch.names
         try:
@@ -174,6 +187,33 @@ class Balancer:
         except BaseException:
             self.give_up_pending()
             raise
+
+    def absent(
+        self, batches: Sequence[Losses | LazyLosses], single_pass: bool
+    ) -> frozenset[int] | None:
+        """Tasks that sit this step out since their loss is not finite; None skips the step."""
+        batch = batches[0]
+        if not self._reads(batch.like(), single_pass):
+            return frozenset()
+        bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
+        if bad and self.nonfinite == "raise":
+            raise NonFiniteError("losses", [batch.names[i] for i in bad])
+        if bad and (self.nonfinite == "skip" or len(bad) == len(batch.names)):
+            return None
+        return frozenset(bad)
+
+    def _reads(self, losses: Tensor, single_pass: bool) -> bool:
+        """Whether losses are looked at before anything else.
+
+        On an accelerator that would wait for the device. There they come to the host with the
+        Gramian; after a single pass `step` looks at a copy.
+        """
+        return losses.device.type == "cpu" or self.drops_from(single_pass)
+
+    def drops_from(self, single_pass: bool) -> bool:
+        """Whether a task may have to be left out of a single pass, before it starts."""
+        drops = self.nonfinite == "drop" and not isinstance(self.aggregator, Scalarizer)
+        return drops and single_pass
 
     def shared_parameters(self, batch: Losses, parameters: list[Tensor]) -> list[Tensor]:
         """Those of the parameters that two or more losses reach."""
@@ -254,12 +294,14 @@ class Balancer:
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
         aggregator = self.aggregator
         if not self.needs_jacobian(call.accumulate):
-            return self._single_step
+            if not call.lazy:
+                return self._single_step
+            return self._sum_step if self._knows_weights() else self._rows_step
         if call.features is not None:
             return self._features_step
         if call.independent:
             return self._independent_step
-        gathers = call.accumulate or self.rows.pending
+        gathers = call.accumulate or self.rows.pending or call.lazy
         if isinstance(aggregator, GramianAggregator) and not gathers:
             if aggregator.probed_parameters() is not None:
                 return self._probe_step
@@ -289,6 +331,15 @@ class Balancer:
                 'which takes them once more with the weights; use "loop", or one larger batch'
             )
 
+    def _knows_weights(self) -> bool:
+        """Whether a step of one pass has its weights before its losses."""
+        if self._pending is not None and self._pending.weights is not None:
+            return True
+        if isinstance(self.aggregator, Scalarizer) and self._refreshes():
+            # Whom it drops changes the others' weights.
+            return self.aggregator.linear and self.nonfinite != "drop"
+        return True
+
     def _refreshes(self) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
         return self.weights is None or self.n_steps % self.update_every == 0
@@ -297,13 +348,15 @@ class Balancer:
 
     def _rows_step(self, call: BackwardCall) -> bool:
         batch, scale, rows = call.batch, call.scale, self.rows
-        values, factors = self._transformed(batch)
-        roots = batch.roots(_scaled(factors, scale))
-        n_tasks = len(roots)
+        n_tasks = len(batch.names)
         waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting
+        roots = self._roots(batch, scale)
         rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
-        pending = self._gather(batch, values, call.absent)
+        absent = self._absent_after(call, single_pass=False)
+        if absent is None:
+            return False
+        pending = self._gather(batch, self._seen(batch.values), absent)
         pending.waiting = waiting
         if call.accumulate:
             rows.pending = True
@@ -331,8 +384,8 @@ class Balancer:
     def _combine_gathered(self, pending: _Pending, scale: Tensor | None) -> None:
         """What a scalarizer makes of gathered rows: from the losses alone, as in a single pass."""
         present = [i for i in range(len(pending.values)) if i not in pending.absent]
-        weights = self._single_weights(pending.values, present, refreshes=True)
-        direction = combine(weights[0], self.rows.jacobian)
+        weights = pending.weights or self._single_weights(pending.values, present, refreshes=True)
+        direction = combine(_rows_of(weights[0], present), _rows_of(self.rows.jacobian, present))
         self.rows.deliver(direction, self._head_factors(weights[1], present))
         self._train_own_weights(pending.values, present, scale)
         self._finish(*weights, None, pending.absent)
@@ -507,6 +560,7 @@ class Balancer:
 
     def _features_step(self, call: BackwardCall) -> bool:
         assert call.features is not None
+        assert isinstance(call.batch, Losses)
         batch, scale, aggregator = call.batch, call.scale, self.aggregator
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
@@ -546,6 +600,7 @@ class Balancer:
 
     def _probe_step(self, call: BackwardCall) -> bool:
         assert isinstance(self.aggregator, GramianAggregator)
+        assert isinstance(call.batch, Losses)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
@@ -561,6 +616,7 @@ class Balancer:
 
     def _gramian_step(self, call: BackwardCall) -> bool:
         assert isinstance(self.engine, GramianEngine)
+        assert isinstance(call.batch, Losses)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
@@ -601,9 +657,8 @@ class Balancer:
         gathered: list[Rows] = []
         norms = []
         for batch in batches:
-            values, factors = self._transformed(batch)
-            roots = batch.roots(_scaled(factors, scale))
             rows = self._new_rows()
+            roots = self._roots(batch, scale)
             rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
             if gathered and rows.shared != gathered[0].shared:
                 raise ValueError(
@@ -611,11 +666,15 @@ class Balancer:
                     f"{len(gathered[0].shared)} and {len(rows.shared)} shared ones"
                 )
             gathered.append(rows)
-            largest = [rows.head_extremes(), rows.jacobian.abs().amax(1), values.abs()]
+            values = self._seen(batch.values).abs()
+            largest = [rows.head_extremes(), rows.jacobian.abs().amax(1), values]
             norms.append(torch.stack([x.double() for x in largest]).amax(0))
+        absent = self._absent_after(call, single_pass=False)
+        if absent is None:
+            return False
         first = gathered[0]
-        values = self._transformed(call.batch)[0]
-        pending = self._gather(call.batch, values, call.absent)
+        values = self._seen(call.batch.values)
+        pending = self._gather(call.batch, values, absent)
         # An extreme of any batch that is not finite is one of their sum.
         extremes = torch.stack([n / len(norms) for n in norms]).sum(0)
         products = _unscaled(cross_gramian(first.jacobian, gathered[1].jacobian), scale)
@@ -636,8 +695,9 @@ class Balancer:
 
     def _single_step(self, call: BackwardCall) -> bool:
         batch, absent = call.batch, call.absent
+        assert isinstance(batch, Losses)
         values, factors = self._transformed(batch)
-        if not self._graph_seen:
+        if not self._graph_seen or call.retain_graph:
             # Refuses a graph that would silently go untrained; once, as a walk is not free.
             reached_parameters((root for root, _ in batch.roots(factors)), call.parameters)
             self._graph_seen = True
@@ -646,14 +706,61 @@ class Balancer:
         known = self._pending.weights if self._pending is not None else None
         weights = known or self._single_weights(values, present, refreshes)
         self._weighted_pass(call, factors, weights)
-        pending = self._gather(batch, values, absent)
+        self._conclude_pass(call, values, absent, weights, refreshes)
+        return True
+
+    def _conclude_pass(
+        self,
+        call: BackwardCall,
+        values: Tensor,
+        absent: frozenset[int],
+        weights: tuple[Tensor, Tensor],
+        refreshes: bool,
+    ) -> None:
+        """Books what a pass with these weights has delivered."""
+        pending = self._gather(call.batch, values, absent)
         pending.weights = weights
         if call.accumulate:
-            return True
+            return
         if refreshes:
-            present = [i for i in range(len(batch.names)) if i not in pending.absent]
+            present = [i for i in range(len(values)) if i not in pending.absent]
             self._train_own_weights(pending.values, present, call.scale)
         self._finish(*weights, None, pending.absent)
+
+    # The same where losses are evaluated one after another.
+
+    def _sum_step(self, call: BackwardCall) -> bool:
+        batch, scale, aggregator = call.batch, call.scale, self.aggregator
+        assert isinstance(batch, LazyLosses)
+        n_tasks = len(batch.names)
+        like = self._seen(batch.like())
+        refreshes = isinstance(aggregator, Scalarizer) and self._refreshes()
+        known = self._pending.weights if self._pending is not None else None
+        put_back = aggregator.remember()
+        weights = known or self._single_weights(like, list(range(n_tasks)), refreshes)
+        w, head_weights = (upload(v, like.device).to(like.dtype) for v in weights)
+        if self.heads == "own":
+            head_weights = torch.ones_like(like)
+        reads = scale is None and self._reads(like, single_pass=True)
+        total = WeightedSum(call.parameters, self.shared_params, n_tasks)
+        roots = batch.roots(partial(self._cotangent, scale=scale))
+        for i in range(n_tasks):
+            root = roots.make(i)
+            if not self._graph_seen:
+                reached_parameters([root[0]], call.parameters)
+            if not reads or batch.is_finite(i):
+                grads = gradients_of(root, call.parameters, call.retain_graph)
+                total.add(grads, w[i], head_weights[i])
+                del grads
+            # Before the next one is made.
+            del root
+        self._graph_seen = True
+        absent = self._absent_after(call, single_pass=True)
+        if absent is None:
+            put_back()
+            return False
+        total.deliver()
+        self._conclude_pass(call, self._seen(batch.values), absent, weights, refreshes)
         return True
 
     def _weighted_pass(
@@ -661,6 +768,7 @@ class Balancer:
     ) -> None:
         """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
         batch, parameters, absent = call.batch, call.parameters, call.absent
+        assert isinstance(batch, Losses)
         factors = _scaled(factors, call.scale)
         present = [i for i in range(len(batch.names)) if i not in absent]
         device, dtype = factors.device, factors.dtype
@@ -717,14 +825,43 @@ class Balancer:
 
     def _transformed(self, batch: Losses) -> tuple[Tensor, Tensor]:
         """The losses that the aggregator sees, and the derivative of each by the loss itself."""
-        values = batch.values
-        if values.dtype in (torch.float16, torch.bfloat16):
-            values = values.float()
-        if self.loss_transform == "log":
-            return values.log(), 1.0 / values
-        return values, torch.ones_like(values)
+        return self._seen(batch.values), self._factors(batch.values)
 
-    def _gather(self, batch: Losses, values: Tensor, absent: frozenset[int]) -> _Pending:
+    def _seen(self, losses: Tensor) -> Tensor:
+        """Losses as the aggregator sees them."""
+        if losses.dtype in (torch.float16, torch.bfloat16):
+            losses = losses.float()
+        return losses.log() if self.loss_transform == "log" else losses
+
+    def _factors(self, losses: Tensor) -> Tensor:
+        """The derivative of what the aggregator sees by the losses themselves."""
+        if losses.dtype in (torch.float16, torch.bfloat16):
+            losses = losses.float()
+        return 1.0 / losses if self.loss_transform == "log" else torch.ones_like(losses)
+
+    def _roots(
+        self, batch: Losses | LazyLosses, scale: Tensor | None
+    ) -> Sequence[Root] | RootsInTurn:
+        """Where the T backward passes start."""
+        if isinstance(batch, Losses):
+            return batch.roots(_scaled(self._factors(batch.values), scale))
+        return batch.roots(partial(self._cotangent, scale=scale))
+
+    def _cotangent(self, name: str | int, loss: Tensor, scale: Tensor | None) -> Tensor:
+        """What a lazy loss is multiplied by."""
+        if self.loss_transform == "log" and loss.device.type == "cpu":
+            check_positive([name], loss[None])
+        return _scaled(self._factors(loss), scale)
+
+    def _absent_after(self, call: BackwardCall, single_pass: bool) -> frozenset[int] | None:
+        """Tasks that sit the step out, once lazy losses are evaluated; None skips it."""
+        if not call.lazy or call.scale is not None:
+            return call.absent
+        return self.absent([call.batch, *call.independent], single_pass)
+
+    def _gather(
+        self, batch: Losses | LazyLosses, values: Tensor, absent: frozenset[int]
+    ) -> _Pending:
         """Adds a batch's losses to those of the micro-batches before it."""
         if self._pending is None:
             self._pending = _Pending(values, batch.values, absent)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbal._losses import Losses, Names
+from gradbal._lazy import are_functions
+from gradbal._losses import Names
 from gradbal.aggregators._arguments import one_of
 from gradbal.aggregators.base import (
     Aggregator,
@@ -19,12 +20,15 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
+from gradbal.jacobian import Engine, RowsEngine
 from gradbal.registry import create
 
 __all__ = [
     "check_call",
     "check_closures",
     "check_fit",
+    "check_in_closure",
+    "check_lazy",
     "check_options",
     "check_positive",
     "check_shared",
@@ -61,9 +65,9 @@ def check_transform(mine: str | None, theirs: str | None) -> None:
         raise ValueError(f"the checkpoint must be of loss_transform={mine!r}, found {theirs!r}")
 
 
-def check_positive(batch: Losses) -> None:
-    """Whether all losses have a logarithm."""
-    for name, value in zip(batch.names, batch.values.tolist(), strict=True):
+def check_positive(names: Sequence[str | int], losses: Tensor) -> None:
+    """Whether all losses have a logarithm; `losses [T]`."""
+    for name, value in zip(names, losses.tolist(), strict=True):
         if value <= 0:
             raise ValueError(
                 f'loss_transform="log" needs positive losses, found {value:g} for task {name!r}; '
@@ -211,6 +215,29 @@ def check_call(
         )
     if independent and accumulate:
         raise ValueError("independent batches cannot be gathered with accumulate=True")
+
+
+def check_lazy(aggregator: Aggregator, engine: Engine, features: Any) -> None:
+    """Whether losses can be evaluated one after another."""
+    if features is not None:
+        raise ValueError(
+            "`features` need the losses themselves, which all start from them, found functions"
+        )
+    if isinstance(aggregator, GramianAggregator) and not isinstance(engine, RowsEngine):
+        raise ValueError(
+            f"the engine {engine.name!r} goes through all losses' graphs twice, while losses given "
+            'as functions are there one at a time; use jacobian="loop"'
+        )
+
+
+def check_in_closure(aggregator: Aggregator, losses: Any) -> None:
+    """Whether the method can do with functions from the closure."""
+    looks = isinstance(aggregator, ClosureAggregator) and aggregator.looks_around
+    if (looks or isinstance(aggregator, BilevelAggregator)) and are_functions(losses):
+        raise ValueError(
+            f"{aggregator.name!r} needs all losses at once: the closure must return the losses, "
+            "found functions"
+        )
 
 
 def check_closures(aggregator: Aggregator, closure: Any, val_closure: Any) -> None:

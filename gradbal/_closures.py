@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradbal._lazy import evaluated
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
 from gradbal._undo import interrupts_held_back
-from gradbal.jacobian import check_dense, hooks_held_back
+from gradbal.jacobian import check_dense, gradients, hooks_held_back
 
 __all__ = ["Closure", "Evaluations", "length", "read_values"]
 
@@ -179,7 +180,7 @@ class Closure:
         torch.clear_autocast_cache()
         try:
             with _buffers_kept(), torch.set_grad_enabled(grad):
-                return self._function()
+                return evaluated(self._function())
         finally:
             torch.clear_autocast_cache()
             self._set_random_state(before)
@@ -368,9 +369,7 @@ class Evaluations:
 
     def _gradients(self, roots: Any, cotangents: Any) -> Sequence[Tensor | None]:
         with hooks_held_back(self._parameters):
-            grads = torch.autograd.grad(
-                roots, self._parameters, cotangents, retain_graph=True, allow_unused=True
-            )
+            grads = gradients(roots, self._parameters, cotangents, retain_graph=True)
         check_dense(grads, self._parameters)
         pairs = zip(self._parameters, grads, strict=True)
         self.reached.update(id(p) for p, g in pairs if g is not None)

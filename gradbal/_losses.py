@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian import hooks_held_back, upload
 
-__all__ = ["Losses", "read_losses"]
+__all__ = ["Losses", "Names", "check_loss", "check_names", "in_order", "read_losses"]
 
 Names = tuple[str | int, ...]
 
@@ -31,6 +31,10 @@ class Losses:
     names: Names
     values: Tensor
     tensors: list[Tensor] | Tensor
+
+    def like(self) -> Tensor:
+        """`[T]`, with the losses' dtype and device."""
+        return self.values
 
     def roots(self, cotangents: Tensor) -> list[tuple[Tensor | GradientEdge, Tensor]]:
         """Where each loss's own backward pass starts, and with which cotangent.
@@ -98,7 +102,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     if isinstance(losses, Tensor):
         return _read_vector(losses, names)
     if isinstance(losses, Mapping):
-        losses = _in_order(losses, names)
+        losses = in_order(losses, names)
         found: Names = tuple(losses)
         tensors = list(losses.values())
     elif isinstance(losses, list | tuple):
@@ -112,13 +116,13 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     if not tensors:
         raise ValueError("losses must have at least one entry, found none")
     for name, loss in zip(found, tensors, strict=True):
-        _check_loss(name, loss)
+        check_loss(name, loss)
     devices = {l.device for l in tensors}
     if len(devices) > 1:
         raise ValueError(
             f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"
         )
-    _check_names(found, names)
+    check_names(found, names)
     return Losses(found, torch.stack([l.detach() for l in tensors]), tensors)
 
 
@@ -142,12 +146,16 @@ def _read_vector(losses: Tensor, names: Names | None) -> Losses:
                 f"{torch.__version__}; pass the list of losses itself"
             )
     found: Names = tuple(range(len(losses)))
-    _check_names(found, names)
+    check_names(found, names)
     return Losses(found, losses.detach(), losses)
 
 
-def _in_order(losses: Mapping[str | int, Any], names: Names | None) -> Mapping[str | int, Any]:
-    """The losses in the order of the first step, which is what rows and weights are in."""
+def in_order(losses: Mapping[str | int, Any], names: Names | None) -> Mapping[str | int, Any]:
+    """The losses in the order of the first step, which is what rows and weights are in.
+
+    Raises:
+        TypeError: a key is neither a string nor an integer.
+    """
     for key in losses:
         if not isinstance(key, str | int):
             raise TypeError(f"the keys of losses must be strings or integers, found {key!r}")
@@ -156,7 +164,8 @@ def _in_order(losses: Mapping[str | int, Any], names: Names | None) -> Mapping[s
     return {name: losses[name] for name in names}
 
 
-def _check_names(found: Names, names: Names | None) -> None:
+def check_names(found: Names, names: Names | None) -> None:
+    """Raises ValueError where the tasks are not those of the steps before."""
     if names is None or found == names:
         return
     if len(found) != len(names):
@@ -176,7 +185,8 @@ def _check_dtype(what: str, loss: Tensor) -> None:
         raise TypeError(f"{what} must be floating-point, found {loss.dtype}")
 
 
-def _check_loss(name: str | int, loss: object) -> None:
+def check_loss(name: str | int, loss: object) -> None:
+    """Raises TypeError or ValueError where a loss is no floating-point scalar with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss of task {name!r} must be a tensor, found {type(loss).__name__}")
     if loss.dim() != 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from gradbal._checks import (
     check_call,
     check_closures,
     check_fit,
+    check_in_closure,
+    check_lazy,
     check_options,
     check_positive,
     check_shared,
@@ -25,24 +27,28 @@ from gradbal._checks import (
 )
 from gradbal._closures import Closure, Evaluations, read_values
 from gradbal._engine import make_engine
+from gradbal._lazy import LazyLosses, read_functions
 from gradbal._losses import Losses, read_losses
-from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
+from gradbal._nonfinite import LateCheck, NonFiniteError
 from gradbal._undo import (
     interrupts_held_back,
     may_ask_again,
     parameters_remembered,
     remembered,
 )
-from gradbal.aggregators.base import (
-    Aggregator,
-    BilevelAggregator,
-    ClosureAggregator,
-    Scalarizer,
-)
+from gradbal.aggregators.base import Aggregator, BilevelAggregator, ClosureAggregator
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 _FORMAT = 2
+
+# In a compiled training step these run as they are, between its compiled parts. torch.optim's own
+# marker, since `torch.compiler.disable` imports the compiler at once, which takes seconds.
+_not_compiled: Callable[[_Method], _Method] = getattr(
+    torch, "_disable_dynamo", lambda method: method
+)
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -247,9 +253,14 @@ class MultiTaskOptimizer(Optimizer):
 
     # Training.
 
+    @_not_compiled
     def backward(
         self,
-        losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
+        losses: Sequence[Tensor]
+        | Mapping[str, Tensor]
+        | Tensor
+        | Sequence[Callable[[], Tensor]]
+        | Mapping[str, Callable[[], Tensor]],
         *,
         features: Tensor | None = None,
         independent: Sequence[Any] = (),
@@ -263,7 +274,11 @@ class MultiTaskOptimizer(Optimizer):
             losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor (one made by
                 `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
                 step. A 1-D tensor made in any other way cannot be taken apart: every loss then
-                reaches all that it was made from.
+                reaches all that it was made from. Or T functions without arguments in their place,
+                as a list, tuple or dict: each is called once, in the order of the first step, right
+                before its own backward pass, and its graph is freed before the next is called. Then
+                one task's activations are there at a time, and turns and weights that do not depend
+                on the losses are settled before any is known.
             features: z, the representation that the heads start from, for the methods that work
                 there (`mgda_ub`, `aligned_mtl_ub`, ...) and any other that works on the Gramian.
                 The Jacobian is then taken at z, flattened over batch and features; one pass goes on
@@ -275,38 +290,49 @@ class MultiTaskOptimizer(Optimizer):
                 losses by the number of micro-batches for a mean.
             grad_scaler: the `GradScaler` whose `step` follows. The losses are the plain ones;
                 gradients land scaled, and an overflow is left to the scaler.
-            retain_graph: keep the losses' graph.
+            retain_graph: keep the losses' graph; with functions, for what they have in common.
 
         Raises:
             TypeError, ValueError: losses that are not what is said above, or `accumulate` with
                 jacobian="sketch"; nothing has changed then.
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
-                has changed, except that pending gradients are given up if it was a gradient.
+                has changed, except that pending gradients are given up if it was a gradient or a
+                function's loss. So it is where a function itself raises.
+            RuntimeError: a compiled part of the model does not allow several backward passes.
         """
         balancer = self._balancer
         check_call(self.aggregator, features, independent, accumulate, self._in_closure)
-        batch = read_losses(losses, balancer.tasks)
-        others = tuple(read_losses(l, batch.names) for l in independent)
-        device = batch.values.device
-        if balancer.loss_transform == "log" and device.type == "cpu":
+        batch = read_functions(losses, balancer.tasks) or read_losses(losses, balancer.tasks)
+        others = tuple(
+            read_functions(l, batch.names) or read_losses(l, batch.names) for l in independent
+        )
+        parameters = self._trained()
+        lazy = any(isinstance(each, LazyLosses) for each in (batch, *others))
+        if lazy:
+            check_lazy(self.aggregator, balancer.engine, features)
+        like = batch.like()
+        if balancer.loss_transform == "log" and like.device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
             for each in (batch, *others):
-                check_positive(each)
-        parameters = self._trained()
+                if not isinstance(each, LazyLosses):
+                    check_positive(each.names, each.values)
         single_pass = not balancer.needs_jacobian(accumulate)
         if accumulate and not single_pass:
             balancer.check_gathers()
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
-            scale, absent = grad_scaler.scale(torch.ones((), device=device)), frozenset[int]()
+            scale, absent = grad_scaler.scale(torch.ones((), device=like.device)), frozenset[int]()
+        elif lazy:
+            # They are not known yet.
+            absent = frozenset()
         else:
-            absent = self._absent([batch, *others], single_pass)
+            absent = balancer.absent([batch, *others], single_pass)
         with self._undone_on_errors():
             self._delivered = True
             self.aggregator.learning_rate = _learning_rate(self.optimizer)
             if absent is not None:
-                self.aggregator.prepare(len(batch.names), batch.values)
+                self.aggregator.prepare(len(batch.names), like)
             self._late, self._skip_step = None, False
             delivered = (
                 absent is not None
@@ -319,7 +345,9 @@ class MultiTaskOptimizer(Optimizer):
             )
             self._book(batch, delivered, accumulate, single_pass and scale is None)
 
-    def _book(self, batch: Losses, delivered: bool, accumulate: bool, alone: bool) -> None:
+    def _book(
+        self, batch: Losses | LazyLosses, delivered: bool, accumulate: bool, alone: bool
+    ) -> None:
         """What a call of `backward` means for the step; `alone`: nobody has seen the losses yet."""
         if self._spoiled:
             # One of this step's micro-batches was not finite: the whole step is left out.
@@ -330,12 +358,13 @@ class MultiTaskOptimizer(Optimizer):
             self._spoiled, self._skip_step = accumulate, True
         elif (
             alone
-            and batch.values.device.type != "cpu"
+            and batch.like().device.type != "cpu"
             and not accumulate
-            and not self._drops_from(single_pass=True)
+            and not self._balancer.drops_from(single_pass=True)
         ):
             self._late = LateCheck(self._balancer.found_late(), batch.names)
 
+    @_not_compiled
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -356,7 +385,8 @@ class MultiTaskOptimizer(Optimizer):
             What the closure returned the first time, or what the wrapped optimizer's step returns.
 
         Raises:
-            ValueError: the method needs a closure that is not there, or has no use for one that is.
+            ValueError: the method needs a closure that is not there, or has no use for one that is;
+                or it needs all losses at once, and the closure returns functions.
         """
         if closure is None and self._is_initialization():
             return self._initialize()
@@ -429,6 +459,7 @@ class MultiTaskOptimizer(Optimizer):
                     self._delivered = False
         return found
 
+    @_not_compiled
     def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
         """The losses after the step, for methods that look again; the others do nothing.
 
@@ -656,8 +687,9 @@ class MultiTaskOptimizer(Optimizer):
         assert isinstance(aggregator, BilevelAggregator)
         self.zero_grad()
         losses = train.first()
+        check_in_closure(aggregator, losses)
         batch = read_losses(losses, balancer.tasks)
-        if self._absent([batch], single_pass=True) is None:
+        if balancer.absent([batch], single_pass=True) is None:
             self._n_skipped += 1
             return losses
         evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
@@ -680,25 +712,6 @@ class MultiTaskOptimizer(Optimizer):
         self._wrapped_step()
         return losses
 
-    def _drops_from(self, single_pass: bool) -> bool:
-        """Whether a task may have to be left out of a single pass, before it starts."""
-        drops = self._balancer.nonfinite == "drop" and not isinstance(self.aggregator, Scalarizer)
-        return drops and single_pass
-
-    def _absent(self, batches: Sequence[Losses], single_pass: bool) -> frozenset[int] | None:
-        """Tasks that sit this step out since their loss is not finite; None skips the step."""
-        policy, batch = self._balancer.nonfinite, batches[0]
-        if batch.values.device.type != "cpu" and not self._drops_from(single_pass):
-            # Reading would wait for the device. The losses come to the host with the Gramian; after
-            # a single pass `step` looks at a copy.
-            return frozenset()
-        bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
-        if bad and policy == "raise":
-            raise NonFiniteError("losses", [batch.names[i] for i in bad])
-        if bad and (policy == "skip" or len(bad) == len(batch.names)):
-            return None
-        return frozenset(bad)
-
     def _check_late(self) -> None:
         """Looks at losses that were on their way to the host while `backward` ran."""
         late, self._late = self._late, None
@@ -717,6 +730,7 @@ class MultiTaskOptimizer(Optimizer):
         losses = closure.first()
         if losses is None:
             raise TypeError("the closure must return the losses, found None")
+        check_in_closure(self.aggregator, losses)
         self._in_closure = True
         try:
             self.backward(losses)

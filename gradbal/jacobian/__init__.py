@@ -3,6 +3,7 @@
 It never knows which method is in use, and makes no device-to-host synchronisation.
 """
 
+from gradbal.jacobian.compiled import gradients
 from gradbal.jacobian.engines import (
     ENGINES,
     Engine,
@@ -12,12 +13,13 @@ from gradbal.jacobian.engines import (
 )
 from gradbal.jacobian.graph import (
     Root,
+    RootsInTurn,
     check_dense,
     hooks_held_back,
     reached_parameters,
     shared_indices,
 )
-from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.loop import Loop, gradients_of
 from gradbal.jacobian.products import (
     BLOCK,
     CHUNK,
@@ -30,6 +32,7 @@ from gradbal.jacobian.products import (
 )
 from gradbal.jacobian.rows import Rows
 from gradbal.jacobian.sketch import Sketch, Sketched
+from gradbal.jacobian.sums import WeightedSum
 from gradbal.jacobian.vmap import VMap
 
 __all__ = [
@@ -42,14 +45,18 @@ __all__ = [
     "GramianEngine",
     "Loop",
     "Root",
+    "RootsInTurn",
     "Rows",
     "RowsEngine",
     "Sketch",
     "Sketched",
     "VMap",
+    "WeightedSum",
     "check_dense",
     "combine",
     "cross_gramian",
+    "gradients",
+    "gradients_of",
     "gramian",
     "hooks_held_back",
     "reached_parameters",

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from gradbal.jacobian.compiled import (
+    edges_onward,
+    has_compiled_parts,
+    is_compiled,
+    keep_buffers,
+)
+
 __all__ = [
     "Reach",
     "Root",
+    "RootsInTurn",
     "check_dense",
     "common_kind",
     "hooks_held_back",
+    "only_reached",
     "reached_parameters",
     "shared_indices",
 ]
@@ -26,12 +36,24 @@ Root = tuple[Tensor | GradientEdge, Tensor]
 """Where a loss's backward pass starts, and with which cotangent."""
 
 
+class RootsInTurn(Protocol):
+    """Roots that are made one after another, each when the pass before is done."""
+
+    def __len__(self) -> int: ...
+
+    def make(self, i: int) -> Root:
+        """The root of task i; called once for each, in order."""
+        ...
+
+
 def reached_parameters(
     roots: Iterable[Tensor | GradientEdge],
     parameters: Sequence[Tensor],
     stop: GradientEdge | None = None,
 ) -> list[Reach]:
     """Which parameters a backward pass from each root would reach, read from the graph.
+
+    Compiled parts that it meets can be walked more than once from then on.
 
     Args:
         roots: T tensors that require grad, or edges of the graph.
@@ -51,7 +73,7 @@ def reached_parameters(
     result = []
     for root in roots:
         found = [False] * len(parameters)
-        seen: set[Node] = set()
+        seen: set[object] = set()
         stack: list[tuple[Node | None, int]] = [
             _ends(get_gradient_edge(root) if isinstance(root, Tensor) else root)
         ]
@@ -68,12 +90,33 @@ def reached_parameters(
                     "activation checkpointing must be non-reentrant, found reentrant; "
                     "call checkpoint(..., use_reentrant=False)"
                 )
+            if is_compiled(node):
+                keep_buffers(node)
+                # The same part may be met again, through another of its outputs.
+                seen.remove(node)
+                if edge not in seen:
+                    seen.add(edge)
+                    stack.extend(edges_onward(node, edge[1]))
+                continue
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True
             stack.extend(node.next_functions)
         result.append(tuple(found))
     return result
+
+
+def only_reached(
+    root: Tensor | GradientEdge,
+    parameters: Sequence[Tensor],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss without those zeros that compiled parts give to what it does not
+    reach."""
+    if not has_compiled_parts(root):
+        return grads
+    (reach,) = reached_parameters([root], parameters)
+    return tuple(g if reached else None for g, reached in zip(grads, reach, strict=True))
 
 
 def _ends(edge: GradientEdge) -> tuple[Node | None, int]:

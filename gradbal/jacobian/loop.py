@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from gradbal.jacobian.graph import Root
+from gradbal.jacobian.compiled import gradients
+from gradbal.jacobian.graph import Root, hooks_held_back, only_reached
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "gradients_of"]
 
 
 class Loop:
@@ -22,10 +22,13 @@ class Loop:
     ) -> Iterator[tuple[Tensor | None, ...]]:
         """For each root its gradients with respect to the parameters, None where it has none."""
         for i, (root, cotangent) in enumerate(roots, 1):
-            yield torch.autograd.grad(
-                root,
-                parameters,
-                cotangent,
-                retain_graph=retain_graph or i < len(roots),
-                allow_unused=True,
-            )
+            yield gradients(root, parameters, cotangent, retain_graph or i < len(roots))
+
+
+def gradients_of(
+    root: Root, parameters: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of one loss, in a pass of its own; hooks of the parameters do not run."""
+    with hooks_held_back(parameters):
+        (grads,) = Loop().rows([root], parameters, retain_graph)
+    return only_reached(root[0], parameters, grads)

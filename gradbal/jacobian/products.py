@@ -65,7 +65,10 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
         if _in_float64(jacobian):
             wide = jacobian.double()
             return wide @ wide.mT
-        if exact or torch.get_float32_matmul_precision() != "highest":
+        # Compiled code cannot ask for the precision of products, and goes the way that is always
+        # right.
+        unknown = torch.compiler.is_compiling()
+        if exact or unknown or torch.get_float32_matmul_precision() != "highest":
             # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
             chunks = (c.double() for c in torch.split(jacobian, CHUNK, dim=1))
             return _sum(c @ c.mT for c in chunks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,19 @@ from gradbal.jacobian.engines import RowsEngine
 from gradbal.jacobian.graph import (
     Reach,
     Root,
+    RootsInTurn,
     check_dense,
     common_kind,
     hooks_held_back,
+    only_reached,
     reached_parameters,
     shared_indices,
 )
-from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.loop import Loop, gradients_of
 
 __all__ = ["Rows"]
+
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -169,7 +173,7 @@ class Rows:
 
     def take(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root] | RootsInTurn,
         parameters: Sequence[Tensor],
         *,
         sit_out: frozenset[int] = frozenset(),
@@ -178,7 +182,8 @@ class Rows:
         """Takes the T gradients, and adds them to pending ones if there are any.
 
         Args:
-            roots: for each loss, where its backward pass starts and with which cotangent.
+            roots: for each loss, where its backward pass starts and with which cotangent. Those
+                made in turn have one pass each before the next is asked for.
             parameters: n leaf tensors that require grad.
             sit_out: tasks whose rows are left zero.
             retain_graph: keep the graph after the last pass.
@@ -203,41 +208,84 @@ class Rows:
             self._layout = layout = None
         accumulate, self.pending = self.pending, False
         if not accumulate:
-            self.heads = [{} for _ in roots]
-        if layout is None:
+            self.heads = [{} for _ in range(len(roots))]
+        loose: list[dict[int, Tensor]] | None = None
+        untaken: dict[int, Reach] = {}
+        if layout is None and isinstance(roots, Sequence):
             reach = reached_parameters((root for root, _ in roots), parameters)
             layout = self._new_layout(parameters, reach)
-        loose: list[dict[int, Tensor]] | None = None
-        if not accumulate:
+        elif layout is None:
+            # What is shared shows when the last one is made.
+            loose = [{} for _ in range(len(roots))]
+        if layout is not None and not accumulate:
             for i in sit_out:
                 layout.buffer[i].zero_()
-        present = [i for i in range(len(roots)) if i not in sit_out]
-        taken = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
         # Tasks whose rows hold gradients.
-        written = list(present) if accumulate else []
-        with hooks_held_back(parameters):
-            for n, part in enumerate(taken):
+        written = [i for i in range(len(roots)) if i not in sit_out] if accumulate else []
+        if isinstance(roots, Sequence):
+            present = [i for i in range(len(roots)) if i not in sit_out]
+            parts = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
+            taken = _with_tasks(present, parts)
+            held_back = parameters
+        else:
+            taken = self._in_turn(roots, parameters, sit_out, retain_graph, untaken)
+            # Users' code runs between these passes.
+            held_back = []
+        with hooks_held_back(held_back):
+            for tasks, part in taken:
                 if isinstance(part, Block):
-                    tasks = [present[t] for t in part.tasks]
-                    if loose is None and self._write_block(layout, tasks, part, accumulate):
+                    if (
+                        loose is None
+                        and layout is not None
+                        and self._write_block(layout, tasks, part, accumulate)
+                    ):
                         written += tasks
                         continue
                     rows = part.rows(len(parameters))
                 else:
-                    tasks, rows = [present[n]], [part]
+                    rows = [part]
                 for i, grads in zip(tasks, rows, strict=True):
                     check_dense(grads, parameters)
                     found = tuple(g is not None for g in grads)
-                    if loose is None and found != layout.reach[i]:
+                    if isinstance(roots, Sequence) and (layout is None or found != layout.reach[i]):
+                        grads = only_reached(roots[i][0], parameters, grads)
+                        found = tuple(g is not None for g in grads)
+                    if loose is None and layout is not None and found != layout.reach[i]:
                         loose = self._loosen(layout, written)
                     if loose is None:
+                        assert layout is not None
                         self._write(layout, i, grads, accumulate)
                         written.append(i)
                     else:
                         _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
+                # The next pass may write where this one did, and needs the memory.
+                del part, rows, grads
         self._layout = layout
         if loose is not None:
-            self._rebuild(parameters, loose)
+            self._rebuild(parameters, loose, untaken)
+
+    def _in_turn(
+        self,
+        roots: RootsInTurn,
+        parameters: Sequence[Tensor],
+        sit_out: frozenset[int],
+        retain_graph: bool,
+        untaken: dict[int, Reach],
+    ) -> Iterator[tuple[list[int], Gradients | Block]]:
+        """The gradients of each root, which is forgotten before the next is made.
+
+        What the others would reach is noted in `untaken`, where there is no layout yet.
+        """
+        for i in range(len(roots)):
+            root = roots.make(i)
+            if self._layout is None:
+                # For those that are taken too: it refuses graphs that would silently go untrained.
+                (untaken[i],) = reached_parameters([root[0]], parameters)
+            if i not in sit_out:
+                untaken.pop(i, None)
+                yield [i], gradients_of(root, parameters, retain_graph)
+            # Before the next one is made.
+            del root
 
     def _write(
         self, layout: _Layout, i: int, grads: Sequence[Tensor | None], accumulate: bool
@@ -292,13 +340,20 @@ class Rows:
             loose[i].update((k, view.clone()) for k, view in layout.views[i].items())
         return loose
 
-    def _rebuild(self, parameters: list[Tensor], loose: list[dict[int, Tensor]]) -> None:
+    def _rebuild(
+        self, parameters: list[Tensor], loose: list[dict[int, Tensor]], untaken: dict[int, Reach]
+    ) -> None:
         reach = [tuple(k in row for k in range(len(parameters))) for row in loose]
+        for i, reached in untaken.items():
+            reach[i] = reached
         layout = self._new_layout(parameters, reach)
         for i, row in enumerate(loose):
+            if i in untaken:
+                continue
             for k, view in layout.views[i].items():
                 view.copy_(row[k])
             self.heads[i] = {k: row[k] for k in layout.heads[i]}
+            row.clear()
         self._layout = layout
 
     def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
@@ -406,6 +461,21 @@ def _like(part: Tensor, parameter: Tensor) -> Tensor:
         if parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format):
             return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
     return part.view(parameter.shape)
+
+
+def _with_tasks(
+    present: Sequence[int], parts: Iterable[Gradients | Block]
+) -> Iterator[tuple[list[int], Gradients | Block]]:
+    """What an engine takes, with the tasks that it is of; nothing of it is held here."""
+    iterator, n_taken = iter(parts), 0
+    while n_taken < len(present):
+        part = next(iterator)
+        places = part.tasks if isinstance(part, Block) else [n_taken]
+        tasks = [present[n] for n in places]
+        n_taken += len(tasks)
+        taken = [part]
+        del part
+        yield tasks, taken.pop()
 
 
 def _add(into: dict[int, Tensor], grads: dict[int, Tensor]) -> None:
