@@ -468,8 +468,8 @@ def _with_tasks(
 ) -> Iterator[tuple[list[int], Gradients | Block]]:
     """What an engine takes, with the tasks that it is of; nothing of it is held here."""
     iterator, n_taken = iter(parts), 0
-    while n_taken < len(present):
-        part = next(iterator)
+    # To its end, where an engine notes that all went well.
+    while (part := next(iterator, None)) is not None:
         places = part.tasks if isinstance(part, Block) else [n_taken]
         tasks = [present[n] for n in places]
         n_taken += len(tasks)
