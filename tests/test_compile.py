@@ -315,6 +315,7 @@ def test_a_training_step_breaks_nowhere_but_at_the_calls(aggregator: str) -> Non
     assert found.graph_break_count <= 1
 
 
+@pytest.mark.skipif(VERSION < (2, 5), reason="torch 2.4's compiler stops at autocast's state")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [10, 300_000])
 def test_products_compile_into_one_graph(width: int, dtype: torch.dtype) -> None:
