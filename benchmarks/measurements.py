@@ -61,7 +61,14 @@ def engines(
 ) -> None:
     """Engines of `backward` against T bare autograd.grad passes, the plain sum and TorchJD."""
     from benchmarks.speed.engines import Cell, measure
-    from benchmarks.speed.report import COLUMNS, environment, model_table, targets, targets_table
+    from benchmarks.speed.report import (
+        COLUMNS,
+        SETTINGS,
+        environment,
+        model_table,
+        targets,
+        targets_table,
+    )
     from benchmarks.speed.report import write as write_json
 
     try:
@@ -93,6 +100,7 @@ def engines(
         _stop(BadInput(f"`--out` must be a file that can be written, found {error}"))
     for heading, meaning in COLUMNS.values():
         console.print(f"{heading}: {meaning}")
+    console.print(SETTINGS)
     missing = {
         f"{row.name}, {cell.model}, T = {cell.n_tasks}: {row.reason}"
         for cell in found

@@ -16,7 +16,16 @@ from rich.table import Table
 
 from benchmarks.speed.engines import Cell, Plan, Row
 
-__all__ = ["COLUMNS", "Target", "environment", "model_table", "targets", "targets_table", "write"]
+__all__ = [
+    "COLUMNS",
+    "SETTINGS",
+    "Target",
+    "environment",
+    "model_table",
+    "targets",
+    "targets_table",
+    "write",
+]
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "over_bare": (
@@ -35,6 +44,13 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "reads": ("waits", "for an accelerator by the host in one call, counted on a pretended one"),
 }
 """Attribute of `Row` → heading and meaning."""
+
+SETTINGS = (
+    "TorchJD: mtl_backward and jac_to_grad; chunk: parallel_chunk_size; gramian: "
+    "optimize_gramian_computation=True; autogram: autogram.Engine over the trunk, batch_dim=None, "
+    "and one weighted backward pass."
+)
+"""What the names of TorchJD's settings mean."""
 
 _SMALL, _LARGE = ("conv", "transformer"), ("mlp",)
 _TASK_COUNTS = (3, 11)
