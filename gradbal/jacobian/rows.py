@@ -194,9 +194,10 @@ class Rows:
             for i in sit_out:
                 layout.buffer[i].zero_()
         present = [i for i in range(len(roots)) if i not in sit_out]
-        taken = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
+        taken = iter(self.engine.rows([roots[i] for i in present], parameters, retain_graph))
         with hooks_held_back(parameters):
-            for i, grads in zip(present, taken, strict=True):
+            for i in present:
+                grads = next(taken)
                 check_dense(grads, parameters)
                 found = tuple(g is not None for g in grads)
                 if loose is None and found != layout.reach[i]:
@@ -206,6 +207,9 @@ class Rows:
                     self._write(layout, i, grads, accumulate)
                 else:
                     _add(loose[i], {k: g for k, g in enumerate(grads) if g is not None})
+                # The next pass may write where this one did, in memory that is warm; `zip` would
+                # hold on to the gradients.
+                del grads
         self._layout = layout
         if loose is not None:
             self._rebuild(parameters, loose)
