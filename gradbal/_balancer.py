@@ -282,7 +282,7 @@ class Balancer:
         """What a scalarizer makes of gathered rows: from the losses alone, as in a single pass."""
         present = [i for i in range(len(pending.values)) if i not in pending.absent]
         weights = self._single_weights(pending.values, present, refreshes=True)
-        direction = combine(weights[0], self.rows.jacobian)
+        direction = self.rows.combined(weights[0])
         self.rows.deliver(direction, self._head_factors(weights[1], present))
         self._train_own_weights(pending.values, present, scale)
         self._finish(*weights, None, pending.absent)
@@ -387,9 +387,13 @@ class Balancer:
 
     def _aggregate(
         self, host: HostValues, present: list[int], scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
+    ) -> tuple[Tensor | list[Tensor], Tensor | None, Tensor]:
+        """Direction `[P]` or by parameter (scaled as J is), weights and head weights `[T]` on the
+        host."""
         aggregator, jacobian = self.aggregator, self.rows.jacobian
+        if not isinstance(aggregator, JacobianAggregator) and host.gramian.dim() == 2:
+            w, head_weights = self._weights(host, present)
+            return self.rows.combined(w, present), w, head_weights
         rows, values = _rows_of(jacobian, present), _rows_of(host.losses, present)
         if isinstance(aggregator, JacobianAggregator):
             plain = rows if scale is None else rows / scale.to(rows)
@@ -402,15 +406,13 @@ class Balancer:
             heads = _spread(aggregator.last_head_weights, jacobian, present)
             weights = w * self._gain(present) if aggregator.weighted else None
             return direction, weights, heads
-        if host.gramian.dim() == 3:
-            assert isinstance(aggregator, GramianAggregator)
-            g = host.gramian[:, present][:, :, present]
-            grouped = aggregator.group_weights(g, values, **self._taking_part(present))
-            parts = torch.split(rows, aggregator.column_groups(self.rows.shapes) or [], 1)
-            pieces = [combine(w, part) for w, part in zip(grouped, parts, strict=True)]
-            return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
-        w, head_weights = self._weights(host, present)
-        return combine(_rows_of(w, present), rows), w, head_weights
+        assert isinstance(aggregator, GramianAggregator)
+        g = host.gramian[:, present][:, :, present]
+        grouped = aggregator.group_weights(g, values, **self._taking_part(present))
+        parts = torch.split(rows, aggregator.column_groups(self.rows.shapes) or [], 1)
+        wide = torch.promote_types(jacobian.dtype, torch.float32)
+        pieces = [combine(w, part, wide) for w, part in zip(grouped, parts, strict=True)]
+        return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
 
     def _weights(self, host: HostValues, present: list[int]) -> tuple[Tensor, Tensor]:
         """Weights and head weights `[T]`, float64 on the host, the same object where the same."""
@@ -484,7 +486,7 @@ class Balancer:
             w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
         else:
             w, head_weights = self._weights(found.host, present)
-            direction = combine(_rows_of(w, present), _rows_of(rows.jacobian, present))
+            (direction,) = rows.combined(w, present)
         factors_of = self._head_factors(head_weights, present)
         shared = [None if f is None else 1.0 for f in factors_of]
         if w is not None:
@@ -574,7 +576,7 @@ class Balancer:
         present = found.present
         w, head_weights = self._weights(host, present)
         first.mix(gathered, aggregator.shares, aggregator.head_shares)
-        direction = combine(_rows_of(w, present), _rows_of(first.jacobian, present))
+        direction = first.combined(w, present)
         first.deliver(direction, self._head_factors(head_weights, present))
         self._finish(w, head_weights, None, found.absent)
         return True

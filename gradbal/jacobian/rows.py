@@ -19,6 +19,7 @@ from gradbal.jacobian.graph import (
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.products import combine_by
 
 __all__ = ["Rows"]
 
@@ -280,37 +281,89 @@ class Rows:
             state.update(_layout=None, heads=[])
         return state
 
-    def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
+    def combined(self, weights: Tensor, present: Sequence[int] | None = None) -> list[Tensor]:
+        """`Jᵀw` as one new tensor for each shared parameter, of its shape and dtype.
+
+        Args:
+            weights: `[T]`, zero for tasks that are not present.
+            present: tasks that take part, or None for all; the rows of the others become zero.
+        """
+        layout = self._current
+        if present is not None:
+            # No weight takes NaN away.
+            for i in set(range(len(layout.reach))).difference(present):
+                layout.buffer[i].zero_()
+        chosen = [layout.parameters[k] for k in layout.shared]
+        sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
+        parts = combine_by(weights, layout.buffer, sizes, dtypes)
+        return [_like(part, p) for part, p in zip(parts, chosen, strict=True)]
+
+    def deliver(
+        self, direction: Tensor | list[Tensor], head_weights: Sequence[float | Tensor | None]
+    ) -> None:
         """Sends the result into `.grad` through AccumulateGrad.
 
         Accumulation, hooks on parameters and DDP's reducer then behave as after an ordinary
         backward pass. Parameters that no loss reaches get nothing.
 
         Args:
-            direction: `[P]`, for the shared parameters.
+            direction: for the shared parameters, `[P]`; or what `combined` returned, which is used
+                up: its tensors may become `.grad` themselves, rather than be copied.
             head_weights: for each task what its other gradients are multiplied by, a number or a
                 0-dim tensor on the device; None leaves them out, 1.0 as they are.
         """
         layout = self._current
-        chosen = [layout.parameters[k] for k in layout.shared]
-        sizes = [p.numel() for p in chosen]
-        grads = [
-            _like(part, p) for part, p in zip(torch.split(direction, sizes), chosen, strict=True)
-        ]
-        targets = list(chosen)
+        targets = [layout.parameters[k] for k in layout.shared]
+        copied: list[Tensor] = []
+        if isinstance(direction, Tensor):
+            parts = torch.split(direction, [p.numel() for p in targets])
+            copied += [_like(part, p) for part, p in zip(parts, targets, strict=True)]
+            grads = [*copied]
+        else:
+            grads = direction
         for weight, head in zip(head_weights, self.heads, strict=True):
             if weight is None or not head:
                 continue
-            parts = list(head.values())
+            own = list(head.values())
             # Not in place: autograd may return one tensor for two parameters.
             if isinstance(weight, Tensor):
-                parts = [part * weight.to(part.dtype) for part in parts]
+                own = [part * weight.to(part.dtype) for part in own]
             elif weight != 1.0:
-                parts = list(torch._foreach_mul(parts, weight))
+                own = list(torch._foreach_mul(own, weight))
+            else:
+                copied += own
             targets.extend(layout.parameters[k] for k in head)
-            grads.extend(parts)
+            grads.extend(own)
+            del own
         self.heads = [{} for _ in self.heads]
-        torch.autograd.backward(targets, grads)
+        _accumulate(targets, grads)
+
+
+class _Gradients(torch.autograd.Function):
+    """Nothing, with the given gradients.
+
+    What `torch.autograd.backward(targets, gradients)` is given it holds until its end, so that
+    AccumulateGrad has to copy all of it. From the backward of a function it takes over the tensors
+    that nobody else holds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *targets: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return targets[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = (None, *ctx.gradients)
+        ctx.gradients.clear()
+        return gradients
+
+
+def _accumulate(targets: Sequence[Tensor], gradients: list[Tensor]) -> None:
+    """Adds the gradients to `.grad`, and empties the list of them."""
+    with torch.enable_grad():
+        nothing = _Gradients.apply(gradients, *targets)
+    torch.autograd.backward(nothing, nothing.detach())
 
 
 def _like(part: Tensor, parameter: Tensor) -> Tensor:
