@@ -89,6 +89,7 @@ class Balancer:
 
     Attributes:
         engine: what takes the gradients, or finds their Gramian.
+        jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
@@ -108,6 +109,7 @@ class Balancer:
         nonfinite: str,
         match_sum: bool,
         engine: Engine,
+        jacobian_dtype: torch.dtype | None = None,
     ) -> None:
         self.aggregator = aggregator
         self.heads = heads
@@ -117,6 +119,7 @@ class Balancer:
         self.nonfinite = nonfinite
         self.match_sum = match_sum
         self.engine = engine
+        self.jacobian_dtype = jacobian_dtype
         self.rows = self._new_rows()
         self.tasks: Names | None = None
         self.weights: Tensor | None = None
@@ -227,8 +230,8 @@ class Balancer:
 
     def _new_rows(self) -> Rows:
         if isinstance(self.engine, RowsEngine):
-            return Rows(self.shared_params, self.engine)
-        return Rows(self.shared_params)
+            return Rows(self.shared_params, self.engine, dtype=self.jacobian_dtype)
+        return Rows(self.shared_params, dtype=self.jacobian_dtype)
 
     def needs_jacobian(self, accumulate: bool) -> bool:
         """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
@@ -463,7 +466,7 @@ class Balancer:
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
         view = Representation(call.features, [root for root, _ in roots], call.parameters)
-        rows = Rows([call.features])
+        rows = Rows([call.features], dtype=self.jacobian_dtype)
         rows.take(
             roots,
             [call.features, *view.outside],
@@ -502,7 +505,7 @@ class Balancer:
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
         probed = self.aggregator.probed_parameters() or []
-        rows = Rows(probed)
+        rows = Rows(probed, dtype=self.jacobian_dtype)
         rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
         pending = self._gather(batch, values, call.absent)
         overflow = partial(self._deliver_overflow, rows)

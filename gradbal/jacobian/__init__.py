@@ -5,6 +5,7 @@ It never knows which method is in use, and makes no device-to-host synchronisati
 
 from gradbal.jacobian.engines import (
     ENGINES,
+    WITHOUT_ROWS,
     Engine,
     Found,
     GramianEngine,
@@ -34,6 +35,7 @@ __all__ = [
     "CHUNK",
     "ENGINES",
     "SMALL",
+    "WITHOUT_ROWS",
     "Engine",
     "Found",
     "GramianEngine",

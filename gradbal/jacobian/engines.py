@@ -11,10 +11,21 @@ from torch import Tensor
 from gradbal.jacobian.graph import Root
 from gradbal.jacobian.loop import Loop
 
-__all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "WITHOUT_ROWS",
+    "Engine",
+    "Found",
+    "GramianEngine",
+    "RowsEngine",
+    "make_engine",
+]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 """The values of `jacobian=`."""
+
+WITHOUT_ROWS = ("gramian", "instance", "sketch")
+"""Those that keep no rows."""
 
 
 @runtime_checkable

@@ -43,7 +43,8 @@ _ROWS_AT_ONCE = 12
 """The products of blocks of so many rows are an eighth of the rows."""
 
 _CONVERTED = 1 << 20
-"""Entries converted at a time."""
+"""Entries converted at a time, as many as a processor's cache holds; but no more than a sixteenth
+of the rows."""
 
 Array = NDArray[np.float64]
 
@@ -191,7 +192,10 @@ def _combined(weights: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
     if weights.dtype == jacobian.dtype:
         return (weights @ jacobian).to(dtype)
     chunks = _chunks(jacobian, converted=True)
-    return torch.cat([(weights @ c.to(weights.dtype)).to(dtype) for c in chunks])
+    result = jacobian.new_empty(jacobian.shape[1], dtype=dtype)
+    for part, c in zip(torch.split(result, chunks[0].shape[1]), chunks, strict=True):
+        part.copy_(weights @ c.to(weights.dtype))
+    return result
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -215,7 +219,7 @@ def _chunks(jacobian: Tensor, *, converted: bool) -> tuple[Tensor, ...]:
     n_tasks, width = jacobian.shape
     n_blocks = -(-width // BLOCK)
     if converted:
-        at_once = _CONVERTED // (n_tasks * BLOCK)
+        at_once = min(_CONVERTED, jacobian.numel() // 16) // (n_tasks * BLOCK)
     else:
         at_once = -(-n_blocks // -(-n_tasks // _ROWS_AT_ONCE))
     return torch.split(jacobian, max(1, at_once) * BLOCK, dim=1)

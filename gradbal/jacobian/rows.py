@@ -76,12 +76,14 @@ class Rows:
     Attributes:
         shared_parameters: an explicit set of shared parameters, or None to detect them.
         engine: what takes the gradients.
+        dtype: of the buffer, where it is narrower than the shared parameters'; None for theirs.
         heads: for each task, index → gradient of the parameters that are not shared.
         pending: the gradients wait for more of them, rather than to be replaced.
     """
 
     shared_parameters: list[Tensor] | None = None
     engine: RowsEngine = field(default_factory=Loop)
+    dtype: torch.dtype | None = None
     heads: list[dict[int, Tensor]] = field(default_factory=list)
     pending: bool = False
     _layout: _Layout | None = None
@@ -255,6 +257,8 @@ class Rows:
         dtype = chosen[0].dtype
         for p in chosen[1:]:
             dtype = torch.promote_types(dtype, p.dtype)
+        if self.dtype is not None and self.dtype.itemsize < dtype.itemsize:
+            dtype = self.dtype
         sizes = [p.numel() for p in chosen]
         buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=chosen[0].device)
         return _Layout(parameters, reach, shared, buffer)
