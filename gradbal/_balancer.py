@@ -129,6 +129,7 @@ class Balancer:
 
     Attributes:
         engine: what takes the gradients, or finds their Gramian.
+        jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
@@ -148,6 +149,7 @@ class Balancer:
         nonfinite: str,
         match_sum: bool,
         engine: Engine,
+        jacobian_dtype: torch.dtype | None = None,
     ) -> None:
         self.aggregator = aggregator
         self.heads = heads
@@ -157,6 +159,7 @@ class Balancer:
         self.nonfinite = nonfinite
         self.match_sum = match_sum
         self.engine = engine
+        self.jacobian_dtype = jacobian_dtype
         self.rows = self._new_rows()
         self.tasks: Names | None = None
         self.weights: Tensor | None = None
@@ -311,8 +314,8 @@ class Balancer:
 
     def _new_rows(self) -> Rows:
         if isinstance(self.engine, RowsEngine):
-            return Rows(self.shared_params, self.engine)
-        return Rows(self.shared_params)
+            return Rows(self.shared_params, self.engine, dtype=self.jacobian_dtype)
+        return Rows(self.shared_params, dtype=self.jacobian_dtype)
 
     def needs_jacobian(self, accumulate: bool) -> bool:
         """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
@@ -385,7 +388,7 @@ class Balancer:
         """What a scalarizer makes of gathered rows: from the losses alone, as in a single pass."""
         present = [i for i in range(len(pending.values)) if i not in pending.absent]
         weights = pending.weights or self._single_weights(pending.values, present, refreshes=True)
-        direction = combine(_rows_of(weights[0], present), _rows_of(self.rows.jacobian, present))
+        direction = self.rows.combined(weights[0], present)
         self.rows.deliver(direction, self._head_factors(weights[1], present))
         self._train_own_weights(pending.values, present, scale)
         self._finish(*weights, None, pending.absent)
@@ -490,9 +493,13 @@ class Balancer:
 
     def _aggregate(
         self, host: HostValues, present: list[int], scale: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Direction `[P]` (scaled as J is), weights and head weights `[T]` on the host."""
+    ) -> tuple[Tensor | list[Tensor], Tensor | None, Tensor]:
+        """Direction `[P]` or by parameter (scaled as J is), weights and head weights `[T]` on the
+        host."""
         aggregator, jacobian = self.aggregator, self.rows.jacobian
+        if not isinstance(aggregator, JacobianAggregator) and host.gramian.dim() == 2:
+            w, head_weights = self._weights(host, present)
+            return self.rows.combined(w, present), w, head_weights
         rows, values = _rows_of(jacobian, present), _rows_of(host.losses, present)
         if isinstance(aggregator, JacobianAggregator):
             plain = rows if scale is None else rows / scale.to(rows)
@@ -505,15 +512,13 @@ class Balancer:
             heads = _spread(aggregator.last_head_weights, jacobian, present)
             weights = w * self._gain(present) if aggregator.weighted else None
             return direction, weights, heads
-        if host.gramian.dim() == 3:
-            assert isinstance(aggregator, GramianAggregator)
-            g = host.gramian[:, present][:, :, present]
-            grouped = aggregator.group_weights(g, values, **self._taking_part(present))
-            parts = torch.split(rows, aggregator.column_groups(self.rows.shapes) or [], 1)
-            pieces = [combine(w, part) for w, part in zip(grouped, parts, strict=True)]
-            return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
-        w, head_weights = self._weights(host, present)
-        return combine(_rows_of(w, present), rows), w, head_weights
+        assert isinstance(aggregator, GramianAggregator)
+        g = host.gramian[:, present][:, :, present]
+        grouped = aggregator.group_weights(g, values, **self._taking_part(present))
+        parts = torch.split(rows, aggregator.column_groups(self.rows.shapes) or [], 1)
+        wide = torch.promote_types(jacobian.dtype, torch.float32)
+        pieces = [combine(w, part, wide) for w, part in zip(grouped, parts, strict=True)]
+        return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
 
     def _weights(self, host: HostValues, present: list[int]) -> tuple[Tensor, Tensor]:
         """Weights and head weights `[T]`, float64 on the host, the same object where the same."""
@@ -565,7 +570,7 @@ class Balancer:
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
         view = Representation(call.features, [root for root, _ in roots], call.parameters)
-        rows = Rows([call.features])
+        rows = Rows([call.features], dtype=self.jacobian_dtype)
         rows.take(
             roots,
             [call.features, *view.outside],
@@ -588,7 +593,7 @@ class Balancer:
             w, head_weights = None, torch.ones(len(batch.names), dtype=torch.float64)
         else:
             w, head_weights = self._weights(found.host, present)
-            direction = combine(_rows_of(w, present), _rows_of(rows.jacobian, present))
+            (direction,) = rows.combined(w, present)
         factors_of = self._head_factors(head_weights, present)
         shared = [None if f is None else 1.0 for f in factors_of]
         if w is not None:
@@ -605,7 +610,7 @@ class Balancer:
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
         probed = self.aggregator.probed_parameters() or []
-        rows = Rows(probed)
+        rows = Rows(probed, dtype=self.jacobian_dtype)
         rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
         pending = self._gather(batch, values, call.absent)
         overflow = partial(self._deliver_overflow, rows)
@@ -686,7 +691,7 @@ class Balancer:
         present = found.present
         w, head_weights = self._weights(host, present)
         first.mix(gathered, aggregator.shares, aggregator.head_shares)
-        direction = combine(_rows_of(w, present), _rows_of(first.jacobian, present))
+        direction = first.combined(w, present)
         first.deliver(direction, self._head_factors(head_weights, present))
         self._finish(w, head_weights, None, found.absent)
         return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,7 +22,7 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
-from gradbal.jacobian import Engine, RowsEngine
+from gradbal.jacobian import WITHOUT_ROWS, Engine, RowsEngine
 from gradbal.registry import create
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "check_closures",
     "check_fit",
     "check_in_closure",
+    "check_jacobian_dtype",
     "check_lazy",
     "check_options",
     "check_positive",
@@ -167,6 +170,35 @@ def check_options(
     one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
     if group is not None:
         raise NotImplementedError("`process_group` (several processes) is not there yet")
+
+
+def check_jacobian_dtype(dtype: Any, jacobian: str, optimizer: Optimizer) -> None:
+    """Whether rows of these parameters can be kept in that dtype."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`jacobian_dtype` must be a torch.dtype or None, found {dtype!r}")
+    if jacobian in WITHOUT_ROWS:
+        raise ValueError(
+            f'`jacobian_dtype` must be None for jacobian="{jacobian}", which keeps no rows, '
+            f"found {dtype}"
+        )
+    if dtype == torch.float16:
+        raise ValueError(
+            "`jacobian_dtype` must be torch.bfloat16, found torch.float16, in which gradients "
+            "below 6e-8 vanish and those above 65504 are inf"
+        )
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"`jacobian_dtype` must be torch.bfloat16, torch.float32 or None, found {dtype}"
+        )
+    widest = functools.reduce(
+        torch.promote_types, (p.dtype for group in optimizer.param_groups for p in group["params"])
+    )
+    if dtype != widest and dtype.itemsize >= widest.itemsize:
+        raise ValueError(
+            f"`jacobian_dtype` must be narrower than the parameters' {widest}, found {dtype}"
+        )
 
 
 def check_call(

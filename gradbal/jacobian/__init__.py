@@ -6,6 +6,7 @@ It never knows which method is in use, and makes no device-to-host synchronisati
 from gradbal.jacobian.compiled import gradients
 from gradbal.jacobian.engines import (
     ENGINES,
+    WITHOUT_ROWS,
     Engine,
     Found,
     GramianEngine,
@@ -40,6 +41,7 @@ __all__ = [
     "CHUNK",
     "ENGINES",
     "SMALL",
+    "WITHOUT_ROWS",
     "Engine",
     "Found",
     "GramianEngine",

@@ -11,10 +11,13 @@ from torch import Tensor
 from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.graph import Root
 
-__all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine"]
+__all__ = ["ENGINES", "WITHOUT_ROWS", "Engine", "Found", "GramianEngine", "RowsEngine"]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 """The values of `jacobian=`."""
+
+WITHOUT_ROWS = ("gramian", "instance", "sketch")
+"""Those that keep no rows."""
 
 
 @runtime_checkable

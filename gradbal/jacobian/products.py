@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "CHUNK",
     "SMALL",
     "combine",
+    "combine_by",
     "cross_gramian",
     "gramian",
     "upload",
@@ -37,6 +38,13 @@ FEW = 6
 
 CHUNK = 1 << 18
 """Columns converted at a time where a Jacobian's own precision does not do."""
+
+_ROWS_AT_ONCE = 12
+"""The products of blocks of so many rows are an eighth of the rows."""
+
+_CONVERTED = 1 << 20
+"""Entries converted at a time, as many as a processor's cache holds; but no more than a sixteenth
+of the rows."""
 
 Array = NDArray[np.float64]
 
@@ -70,11 +78,10 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
         unknown = torch.compiler.is_compiling()
         if exact or unknown or torch.get_float32_matmul_precision() != "highest":
             # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
-            chunks = (c.double() for c in torch.split(jacobian, CHUNK, dim=1))
+            chunks = (c.double() for c in _chunks(jacobian, converted=True))
             return _sum(c @ c.mT for c in chunks)
-        if jacobian.dtype == torch.float32:
-            return _blocked(jacobian)
-        return _sum(_blocked(c.float()) for c in torch.split(jacobian, CHUNK, dim=1))
+        is_float = jacobian.dtype == torch.float32
+        return _sum(_blocked(c.float()) for c in _chunks(jacobian, converted=not is_float))
 
 
 def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
@@ -143,29 +150,55 @@ def _has_factor(matrix: Array) -> bool:
     return True
 
 
-def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
+def combine(weights: Tensor, jacobian: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`d = Jᵀw`.
 
     Args:
         weights: `[T]`, any floating dtype and device.
         jacobian: `[T, P]`.
+        dtype: of the result; the Jacobian's where None.
 
     Returns:
-        `[P]`, dtype and device of the Jacobian. Half-precision rows are combined in float32.
+        `[P]`, on the device of the Jacobian. Half-precision rows are combined in float32.
 
     Example:
         >>> combine(torch.tensor([0.5, 0.5]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         tensor([0.5000, 0.5000])
     """
+    (direction,) = combine_by(weights, jacobian, [jacobian.shape[1]], [dtype or jacobian.dtype])
+    return direction
+
+
+def combine_by(
+    weights: Tensor, jacobian: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """`d = Jᵀw` as n tensors with memory of their own, for n groups of columns.
+
+    Args:
+        weights: `[T]`, any floating dtype and device.
+        jacobian: `[T, P]`.
+        sizes: n widths, which make up P.
+        dtypes: n dtypes of the results.
+    """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
     with _no_autocast(jacobian):
-        if _in_float64(jacobian):
-            return (weights.double() @ jacobian.double()).to(jacobian.dtype)
-        if jacobian.dtype == torch.float32:
-            return weights.float() @ jacobian
-        w = weights.float()
-        parts = [(w @ c.float()).to(jacobian.dtype) for c in torch.split(jacobian, CHUNK, dim=1)]
-        return torch.cat(parts)
+        if jacobian.numel() <= SMALL:
+            # Few entries in many groups: one product for all of them.
+            flat = torch.split(weights.double() @ jacobian.double(), list(sizes))
+            return [d.to(dtype, copy=True) for d, dtype in zip(flat, dtypes, strict=True)]
+        w = weights.to(torch.promote_types(jacobian.dtype, torch.float32))
+        columns = torch.split(jacobian, list(sizes), 1)
+        return [_combined(w, c, dtype) for c, dtype in zip(columns, dtypes, strict=True)]
+
+
+def _combined(weights: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
+    if weights.dtype == jacobian.dtype:
+        return (weights @ jacobian).to(dtype)
+    chunks = _chunks(jacobian, converted=True)
+    result = jacobian.new_empty(jacobian.shape[1], dtype=dtype)
+    for part, c in zip(torch.split(result, chunks[0].shape[1]), chunks, strict=True):
+        part.copy_(weights @ c.to(weights.dtype))
+    return result
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
@@ -183,10 +216,22 @@ def _in_float64(jacobian: Tensor) -> bool:
     return jacobian.dtype == torch.float64 or jacobian.numel() <= SMALL
 
 
+def _chunks(jacobian: Tensor, *, converted: bool) -> tuple[Tensor, ...]:
+    """Whole blocks of columns, such that what is made of them is small beside a large Jacobian.
+    They are as few as that allows: each is a launch, and a moment at which threads wait."""
+    n_tasks, width = jacobian.shape
+    n_blocks = -(-width // BLOCK)
+    if converted:
+        at_once = min(_CONVERTED, jacobian.numel() // 16) // (n_tasks * BLOCK)
+    else:
+        at_once = -(-n_blocks // -(-n_tasks // _ROWS_AT_ONCE))
+    return torch.split(jacobian, max(1, at_once) * BLOCK, dim=1)
+
+
 def _blocked(jacobian: Tensor) -> Tensor:
     n_blocks = jacobian.shape[1] // BLOCK
     whole = jacobian[:, : n_blocks * BLOCK].view(len(jacobian), n_blocks, BLOCK).transpose(0, 1)
-    total = torch.bmm(whole, whole.mT).double().sum(0)
+    total = torch.bmm(whole, whole.mT).sum(0, dtype=torch.float64)
     rest = jacobian[:, n_blocks * BLOCK :]
     return total + (rest @ rest.mT).double() if rest.shape[1] else total
 

@@ -23,6 +23,7 @@ from gradbal.jacobian.graph import (
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop, gradients_of
+from gradbal.jacobian.products import combine_by
 
 __all__ = ["Rows"]
 
@@ -97,12 +98,14 @@ class Rows:
     Attributes:
         shared_parameters: an explicit set of shared parameters, or None to detect them.
         engine: what takes the gradients.
+        dtype: of the buffer, where it is narrower than the shared parameters'; None for theirs.
         heads: for each task, index → gradient of the parameters that are not shared.
         pending: the gradients wait for more of them, rather than to be replaced.
     """
 
     shared_parameters: list[Tensor] | None = None
     engine: RowsEngine = field(default_factory=Loop)
+    dtype: torch.dtype | None = None
     heads: list[dict[int, Tensor]] = field(default_factory=list)
     pending: bool = False
     _layout: _Layout | None = None
@@ -360,6 +363,8 @@ class Rows:
         shared = shared_indices(parameters, reach, self.shared_parameters)
         chosen = [parameters[k] for k in shared]
         device, dtype = common_kind(chosen)
+        if self.dtype is not None and self.dtype.itemsize < dtype.itemsize:
+            dtype = self.dtype
         sizes = [p.numel() for p in chosen]
         buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=device)
         return _Layout(parameters, reach, shared, buffer)
@@ -417,37 +422,89 @@ class Rows:
         heads = [{k: g.to(mine[k].device) for k, g in head.items()} for head in state["heads"]]
         self._layout, self.heads, self.pending = layout, heads, True
 
-    def deliver(self, direction: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
+    def combined(self, weights: Tensor, present: Sequence[int] | None = None) -> list[Tensor]:
+        """`Jᵀw` as one new tensor for each shared parameter, of its shape and dtype.
+
+        Args:
+            weights: `[T]`, zero for tasks that are not present.
+            present: tasks that take part, or None for all; the rows of the others become zero.
+        """
+        layout = self._current
+        if present is not None:
+            # No weight takes NaN away.
+            for i in set(range(len(layout.reach))).difference(present):
+                layout.buffer[i].zero_()
+        chosen = [layout.parameters[k] for k in layout.shared]
+        sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
+        parts = combine_by(weights, layout.buffer, sizes, dtypes)
+        return [_like(part, p) for part, p in zip(parts, chosen, strict=True)]
+
+    def deliver(
+        self, direction: Tensor | list[Tensor], head_weights: Sequence[float | Tensor | None]
+    ) -> None:
         """Sends the result into `.grad` through AccumulateGrad.
 
         Accumulation, hooks on parameters and DDP's reducer then behave as after an ordinary
         backward pass. Parameters that no loss reaches get nothing.
 
         Args:
-            direction: `[P]`, for the shared parameters.
+            direction: for the shared parameters, `[P]`; or what `combined` returned, which is used
+                up: its tensors may become `.grad` themselves, rather than be copied.
             head_weights: for each task what its other gradients are multiplied by, a number or a
                 0-dim tensor on the device; None leaves them out, 1.0 as they are.
         """
         layout = self._current
-        chosen = [layout.parameters[k] for k in layout.shared]
-        sizes = [p.numel() for p in chosen]
-        grads = [
-            _like(part, p) for part, p in zip(torch.split(direction, sizes), chosen, strict=True)
-        ]
-        targets = list(chosen)
+        targets = [layout.parameters[k] for k in layout.shared]
+        copied: list[Tensor] = []
+        if isinstance(direction, Tensor):
+            parts = torch.split(direction, [p.numel() for p in targets])
+            copied += [_like(part, p) for part, p in zip(parts, targets, strict=True)]
+            grads = [*copied]
+        else:
+            grads = direction
         for weight, head in zip(head_weights, self.heads, strict=True):
             if weight is None or not head:
                 continue
-            parts = list(head.values())
+            own = list(head.values())
             # Not in place: autograd may return one tensor for two parameters.
             if isinstance(weight, Tensor):
-                parts = [part * weight.to(part.dtype) for part in parts]
+                own = [part * weight.to(part.dtype) for part in own]
             elif weight != 1.0:
-                parts = list(torch._foreach_mul(parts, weight))
+                own = list(torch._foreach_mul(own, weight))
+            else:
+                copied += own
             targets.extend(layout.parameters[k] for k in head)
-            grads.extend(parts)
+            grads.extend(own)
+            del own
         self.heads = [{} for _ in self.heads]
-        torch.autograd.backward(targets, grads)
+        _accumulate(targets, grads)
+
+
+class _Gradients(torch.autograd.Function):
+    """Nothing, with the given gradients.
+
+    What `torch.autograd.backward(targets, gradients)` is given it holds until its end, so that
+    AccumulateGrad has to copy all of it. From the backward of a function it takes over the tensors
+    that nobody else holds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *targets: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return targets[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = (None, *ctx.gradients)
+        ctx.gradients.clear()
+        return gradients
+
+
+def _accumulate(targets: Sequence[Tensor], gradients: list[Tensor]) -> None:
+    """Adds the gradients to `.grad`, and empties the list of them."""
+    with torch.enable_grad():
+        nothing = _Gradients.apply(gradients, *targets)
+    torch.autograd.backward(nothing, nothing.detach())
 
 
 def _like(part: Tensor, parameter: Tensor) -> Tensor:
