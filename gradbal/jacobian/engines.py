@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradbal.jacobian.found import Found
 from gradbal.jacobian.graph import Root
+from gradbal.jacobian.layerwise import Layerwise
 from gradbal.jacobian.loop import Loop
 
 __all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
@@ -31,20 +32,6 @@ class RowsEngine(Protocol):
         They are read before the next ones are asked for.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an engine knows when it has no rows.
-
-    gramian: `[T, T]`, float64, on the device; zero for tasks that sit out. extremes: `[T]`, for
-    each task an entry that is not finite where a gradient of its own parameters is not. shared: the
-    shared parameters.
-    """
-
-    gramian: Tensor
-    extremes: Tensor
-    shared: list[Tensor]
 
 
 @runtime_checkable
@@ -83,6 +70,8 @@ def make_engine(name: str) -> Engine:
     Raises:
         NotImplementedError: it is not there yet.
     """
+    if name == "gramian":
+        return Layerwise()
     if name not in ("auto", "loop"):
         raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')
     return Loop()

@@ -13,6 +13,7 @@ __all__ = [
     "Reach",
     "Root",
     "check_dense",
+    "check_one_device",
     "hooks_held_back",
     "reached_parameters",
     "refuse_reentrant",
@@ -127,6 +128,21 @@ def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
                 f"gradients must be dense, found a {g.layout} one for a parameter of shape "
                 f"{list(p.shape)}; use nn.Embedding(sparse=False)"
             )
+
+
+def check_one_device(parameters: Sequence[Tensor]) -> torch.device:
+    """The device that all of them are on.
+
+    Raises:
+        ValueError: there are several.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(
+            "the shared parameters must be on one device, found "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
+    return devices.pop()
 
 
 @contextlib.contextmanager

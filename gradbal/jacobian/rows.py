@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from gradbal.jacobian.engines import RowsEngine
+from gradbal.jacobian.found import largest_entries
 from gradbal.jacobian.graph import (
     Reach,
     Root,
     check_dense,
+    check_one_device,
     hooks_held_back,
     reached_parameters,
     shared_indices,
@@ -241,33 +243,19 @@ class Rows:
     def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
         shared = shared_indices(parameters, reach, self.shared_parameters)
         chosen = [parameters[k] for k in shared]
-        devices = {p.device for p in chosen}
-        if len(devices) > 1:
-            raise ValueError(
-                "the shared parameters must be on one device, found "
-                f"{', '.join(sorted(map(str, devices)))}"
-            )
+        device = check_one_device(chosen)
         dtype = chosen[0].dtype
         for p in chosen[1:]:
             dtype = torch.promote_types(dtype, p.dtype)
         sizes = [p.numel() for p in chosen]
-        buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=chosen[0].device)
+        buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=device)
         return _Layout(parameters, reach, shared, buffer)
 
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
-        device = self._current.buffer.device
-        grads = [g for head in self.heads for g in head.values()]
-        if not grads:
-            return torch.zeros(len(self.heads), device=device)
-        norms = iter(torch._foreach_norm(grads, float("inf")))
-        zero = torch.zeros((), device=device)
-        width = max(map(len, self.heads))
-        # Filled up with zeros: one operator for all tasks.
-        rows = [[next(norms).to(device, torch.float32) for _ in head] for head in self.heads]
-        entries = [n for row in rows for n in row + [zero] * (width - len(row))]
-        return torch.stack(entries).view(len(rows), width).amax(1)
+        heads = [[*head.values()] for head in self.heads]
+        return largest_entries(heads, self._current.buffer.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffer is worth a copy only where gradients are pending in it.
