@@ -507,14 +507,16 @@ class Balancer:
         found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
         return self._weighted_step(call, factors, values, found)
 
-    # The Gramian without the rows, then one pass.
+    # The Gramian without the rows, then one pass if it takes one to deliver.
 
     def _gramian_step(self, call: BackwardCall) -> bool:
         assert isinstance(self.engine, GramianEngine)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
-        taken = self.engine.take(roots, call.parameters, self.shared_params, call.absent)
+        taken = self.engine.take(
+            roots, call.parameters, self.shared_params, call.absent, call.retain_graph
+        )
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
 
@@ -523,9 +525,14 @@ class Balancer:
             torch.autograd.backward(taken.shared, infinite)
 
         host = HostValues(g, values, taken.extremes)
-        return self._weighted_step(
-            call, factors, values, self._examine(g, host, overflow, pending, scale)
-        )
+        found = self._examine(g, host, overflow, pending, scale)
+        if isinstance(found, bool) or taken.deliver is None:
+            return self._weighted_step(call, factors, values, found)
+        weights = self._weights(found.host, found.present)
+        taken.deliver(weights[0], self._head_factors(weights[1], found.present))
+        self._train_own_weights(values, found.present, scale)
+        self._finish(*weights, found.gramian, found.absent)
+        return True
 
     def _weighted_step(
         self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool

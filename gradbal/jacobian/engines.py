@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from gradbal.jacobian.found import Found
 from gradbal.jacobian.graph import Root
-from gradbal.jacobian.layerwise import Layerwise
 from gradbal.jacobian.loop import Loop
 
 __all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
@@ -34,6 +33,23 @@ class RowsEngine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Found:
+    """What an engine knows when it has no rows.
+
+    gramian: `[T, T]`, float64, on the device; zero for tasks that sit out. extremes: `[T]`, for
+    each task an entry that is not finite where a gradient of its own parameters is not. shared: the
+    shared parameters. deliver: where the gradients are known well enough for it, sends their
+    combination into `.grad`, from the weights `[T]` and what each task's own gradients are
+    multiplied by, None for tasks that sit out; otherwise None, and a backward pass has to follow.
+    """
+
+    gramian: Tensor
+    extremes: Tensor
+    shared: list[Tensor]
+    deliver: Callable[[Tensor, Sequence[float | Tensor | None]], None] | None = None
+
+
 @runtime_checkable
 class GramianEngine(Protocol):
     """Finds the Gramian without the rows; for methods that it suffices."""
@@ -46,14 +62,16 @@ class GramianEngine(Protocol):
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
+        retain_graph: bool = False,
     ) -> Found:
-        """The Gramian of the shared parameters; the graph is kept.
+        """The Gramian of the shared parameters.
 
         Args:
             roots: for each of T losses, where its backward pass starts and with which cotangent.
             parameters: n leaf tensors that require grad.
             shared_parameters: an explicit set of shared ones, or None to detect them.
             sit_out: tasks whose row and column are left zero.
+            retain_graph: keep the graph even where no other pass has to follow.
 
         Raises:
             ValueError: no parameter is reached by two losses, or a sparse gradient.
@@ -71,6 +89,9 @@ def make_engine(name: str) -> Engine:
         NotImplementedError: it is not there yet.
     """
     if name == "gramian":
+        # It is built on the definitions of this file.
+        from gradbal.jacobian.layerwise import Layerwise
+
         return Layerwise()
     if name not in ("auto", "loop"):
         raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')

@@ -13,7 +13,7 @@ __all__ = [
     "Reach",
     "Root",
     "check_dense",
-    "check_one_device",
+    "common_kind",
     "hooks_held_back",
     "reached_parameters",
     "refuse_reentrant",
@@ -116,6 +116,24 @@ def shared_indices(
     return shared
 
 
+def common_kind(parameters: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    """The device of the shared parameters, and the dtype that holds the gradients of all of them.
+
+    Raises:
+        ValueError: they are on several devices.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the shared parameters must be on one device, found "
+            f"{', '.join(sorted(map(str, devices)))}"
+        )
+    dtype = parameters[0].dtype
+    for p in parameters[1:]:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return parameters[0].device, dtype
+
+
 def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
     """Refuses sparse gradients.
 
@@ -128,21 +146,6 @@ def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
                 f"gradients must be dense, found a {g.layout} one for a parameter of shape "
                 f"{list(p.shape)}; use nn.Embedding(sparse=False)"
             )
-
-
-def check_one_device(parameters: Sequence[Tensor]) -> torch.device:
-    """The device that all of them are on.
-
-    Raises:
-        ValueError: there are several.
-    """
-    devices = {p.device for p in parameters}
-    if len(devices) > 1:
-        raise ValueError(
-            "the shared parameters must be on one device, found "
-            f"{', '.join(sorted(map(str, devices)))}"
-        )
-    return devices.pop()
 
 
 @contextlib.contextmanager

@@ -21,18 +21,20 @@ __all__ = ["Convolution", "Embedding", "Layer", "Linear", "Norm", "Shift", "find
 
 @dataclass(frozen=True)
 class Linear:
-    """`y = x W + b`: weight `[in, out]`, or its transpose.
+    """`y = x W + b`.
 
     Attributes:
         node: where δ `[N, out]` arrives.
         weight, bias: indices of the parameters; no bias where it is not the layer's alone.
         inputs: x `[N, in]`; leading dimensions are flattened.
+        is_transposed: whether the weight is `[out, in]`, as that of `nn.Linear`, or `[in, out]`.
     """
 
     node: Node
     weight: int
     bias: int | None
     inputs: Tensor
+    is_transposed: bool
 
 
 @dataclass(frozen=True)
@@ -168,32 +170,34 @@ class _Finder:
             return None
         return k if _is_plain(self._parameters[k], shape) else None
 
-    def _matrix(self, node: Node, position: int, n_in: int, n_out: int) -> int | None:
-        """The same for a matrix `[in, out]` that may come transposed."""
+    def _matrix(self, node: Node, position: int, sizes: Sequence[int]) -> tuple[int | None, bool]:
+        """The same for a matrix of that size, and whether it is the parameter's transpose."""
         source = node.next_functions[position][0]
         if source is None or source.name() != "TBackward0":
-            return self._parameter(node, position, (n_in, n_out))
+            return self._parameter(node, position, sizes), False
         if len(self._graph.uses[source]) != 1:
-            return None
-        return self._parameter(source, 0, (n_out, n_in))
+            return None, True
+        return self._parameter(source, 0, sizes[::-1]), True
 
     def addmm(self, node: Node) -> list[Layer]:
         if node._saved_alpha != 1 or node._saved_beta != 1:  # type: ignore[attr-defined]
             return []
-        n_in, n_out = node._saved_mat2_sym_sizes  # type: ignore[attr-defined]
-        weight = self._matrix(node, 2, n_in, n_out)
-        bias = self._parameter(node, 0, (n_out,))
-        return self._linear(node, "mat1", weight, bias)
+        sizes = node._saved_mat2_sym_sizes  # type: ignore[attr-defined]
+        bias = self._parameter(node, 0, sizes[1:])
+        return self._linear(node, "mat1", self._matrix(node, 2, sizes), bias)
 
     def mm(self, node: Node) -> list[Layer]:
-        n_in, n_out = node._saved_mat2_sym_sizes  # type: ignore[attr-defined]
-        return self._linear(node, "self", self._matrix(node, 1, n_in, n_out), None)
+        sizes = node._saved_mat2_sym_sizes  # type: ignore[attr-defined]
+        return self._linear(node, "self", self._matrix(node, 1, sizes), None)
 
-    def _linear(self, node: Node, saved: str, weight: int | None, bias: int | None) -> list[Layer]:
+    def _linear(
+        self, node: Node, saved: str, matrix: tuple[int | None, bool], bias: int | None
+    ) -> list[Layer]:
+        weight, is_transposed = matrix
         inputs = None if weight is None else _saved(node, saved)
         if weight is None or inputs is None:
             return [] if bias is None else [Shift(node, bias, 1)]
-        return [Linear(node, weight, bias, inputs)]
+        return [Linear(node, weight, bias, inputs, is_transposed)]
 
     def convolution(self, node: Node) -> list[Layer]:
         kernel, inputs = _saved(node, "weight"), _saved(node, "input")

@@ -1,42 +1,42 @@
-"""The exact Gramian without the Jacobian, layer by layer."""
+"""The exact Gramian layer by layer, of gradients that are kept as factors."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
-from gradbal.jacobian.found import Found, largest_entries
+from gradbal.jacobian.engines import Found
 from gradbal.jacobian.graph import (
     Root,
     check_dense,
-    check_one_device,
+    common_kind,
     hooks_held_back,
     shared_indices,
 )
 from gradbal.jacobian.layers import find_layers, owned
 from gradbal.jacobian.parts import Part, make_part
-from gradbal.jacobian.products import gramian
+from gradbal.jacobian.products import combine, gramian
+from gradbal.jacobian.rows import deliver, largest_entries, like_parameter
 from gradbal.jacobian.walk import Walk, walk
 
 __all__ = ["Layerwise"]
 
 
 class Layerwise:
-    """Takes rows of fewer numbers than the gradients have, with the same inner products.
+    """Keeps what arrives at the outputs of layers in place of the gradients of their weights.
 
-    1. The layers are read from the graph, with what they took in.
-    2. The gradients of a loss go back through the layers, but not into their weights; each layer
-       leaves the columns that stand for its weight and bias.
-    3. A parameter that does not surely act through one such layer alone, or is no larger than what
-       would stand for it, has its own gradient taken on the way.
-
-    All products of the Gramian are in float64.
+    1. The layers are read from the graph, with what they took in: A.
+    2. The gradients of a loss go back through the layers, but not into their weights. What arrives
+       at a layer's output, δ_t, is kept: the gradient of the weight would be `δ_tᵀA`.
+    3. Where a layer does not gain by that, and where a parameter does not surely act through one
+       layer alone, the parameter's own gradients are kept.
+    4. Each layer adds its part to the Gramian, whose products are in float64.
+    5. With the weights of the tasks each layer gets its gradient from `Σ w_t δ_t` and A.
     """
 
     name = "gramian"
@@ -50,14 +50,16 @@ class Layerwise:
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
+        retain_graph: bool = False,
     ) -> Found:
-        """The Gramian of the shared parameters; the graph is kept.
+        """The Gramian of the shared parameters, and a way to deliver any combination.
 
         Args:
             roots: for each of T losses, where its backward pass starts and with which cotangent.
             parameters: n leaf tensors that require grad.
             shared_parameters: an explicit set of shared ones, or None to detect them.
             sit_out: tasks whose row and column are left zero.
+            retain_graph: keep the graph after the last pass.
 
         Raises:
             ValueError: no parameter is reached by two losses, shared parameters on two devices, or
@@ -67,24 +69,35 @@ class Layerwise:
         graph = walk([root for root, _ in roots], parameters)
         reach = graph.reach(len(roots), len(parameters))
         shared = shared_indices(parameters, reach, shared_parameters)
-        chosen = [parameters[k] for k in shared]
-        device = check_one_device(chosen)
-        dtype = torch.float32
-        for p in chosen:
-            dtype = torch.promote_types(dtype, p.dtype)
-        columns = _columns(graph, parameters, shared, len(roots))
+        device, dtype = common_kind([parameters[k] for k in shared])
+        columns = _Columns(graph, parameters, shared, len(roots))
+        # Half precision is the parameters' own, not that of sums.
+        dtype = torch.promote_types(dtype, torch.float32)
         rows = self._rows(len(roots), columns.width, dtype, device)
-        heads: list[list[Tensor]] = [[] for _ in roots]
+        heads: list[dict[int, Tensor]] = [{} for _ in roots]
+        present = [i for i in range(len(roots)) if i not in sit_out]
         with hooks_held_back(parameters):
-            for i, (root, cotangent) in enumerate(roots):
-                if i in sit_out:
-                    rows[i].zero_()
-                else:
-                    heads[i] = columns.fill(rows[i], root, cotangent)
-        return Found(gramian(rows, exact=True), largest_entries(heads, device), chosen)
+            for i in present:
+                keep = retain_graph or i != present[-1]
+                heads[i] = columns.fill(rows[i], roots[i], keep)
+        for i in sit_out:
+            rows[i].zero_()
+
+        def send(weights: Tensor, head_weights: Sequence[float | Tensor | None]) -> None:
+            taking_part = [i for i, w in enumerate(head_weights) if w is not None]
+            w, j = weights, rows
+            if len(taking_part) < len(rows):
+                # A row that is left out may hold NaN, which no weight takes away.
+                w, j = w[taking_part], j[taking_part]
+            gradients = columns.gradients(combine(w, j))
+            targets = [parameters[k] for k in gradients]
+            deliver(targets, [*gradients.values()], parameters, heads, head_weights)
+
+        chosen = [parameters[k] for k in shared]
+        return Found(columns.gramian(rows), largest_entries(heads, device), chosen, send)
 
     def _rows(self, n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """`[T, width]`, of any values."""
+        """`[T, width]`, of any values; the same memory from step to step."""
         buffer = self._buffer
         if (
             buffer is None
@@ -99,101 +112,92 @@ class Layerwise:
         return self.__dict__ | {"_buffer": None}
 
 
-@dataclass
-class _Columns:
-    """What the columns of the rows stand for.
+@dataclass(frozen=True)
+class _Layered:
+    """Columns that hold δ of a layer; `owned` are the indices of parameters they stand for."""
 
-    passed: layers that the passes go through to others. ends: layers behind which there is nothing
-    to find. loose: shared parameters whose own gradients are taken, each with its columns.
-    heads: parameters that are not shared. width: of a row.
+    part: Part
+    owned: list[int]
+    edge: GradientEdge
+
+
+class _Columns:
+    """What the columns of the rows stand for: layers first, then parameters themselves.
+
+    Attributes:
+        width: how many there are.
     """
 
-    passed: list[tuple[Node, Part, slice]]
-    ends: list[tuple[Node, Part, slice]]
-    loose: list[tuple[Tensor, slice]]
-    heads: list[Tensor]
-    width: int
+    def __init__(
+        self, graph: Walk, parameters: list[Tensor], shared: list[int], n_tasks: int
+    ) -> None:
+        self._parameters = parameters
+        self._layers: list[_Layered] = []
+        loose = dict.fromkeys(shared)
+        for layer in find_layers(graph, parameters):
+            theirs = [k for k in owned(layer) if k in loose]
+            part = make_part(layer, parameters, theirs, n_tasks)
+            if part is not None:
+                self._layers.append(_Layered(part, theirs, GradientEdge(layer.node, 0)))
+                for k in theirs:
+                    del loose[k]
+        self._loose = list(loose)
+        self._heads = [k for k in graph.leaves if k not in set(shared)]
+        self._sizes = [each.part.shape.numel() for each in self._layers]
+        self._sizes += [parameters[k].numel() for k in self._loose]
+        self.width = sum(self._sizes)
 
-    def fill(self, row: Tensor, root: Tensor | GradientEdge, cotangent: Tensor) -> list[Tensor]:
-        """Fills a row `[width]` by one backward pass; returns the gradients of the heads."""
-        inputs: list[Any] = [GradientEdge(node, 0) for node, _, _ in self.ends]
-        own = [p for p, _ in self.loose] + self.heads
-        missing = {id(part): place for _, part, place in self.passed}
-        with self._hooked(row, missing):
-            taken = torch.autograd.grad(
-                root, [*inputs, *own], cotangent, retain_graph=True, allow_unused=True
-            )
-        deltas: Sequence[Tensor | None] = taken[: len(inputs)]
-        grads: Sequence[Tensor | None] = taken[len(inputs) :]
-        check_dense(grads, own)
-        for (_, part, place), delta in zip(self.ends, deltas, strict=True):
-            if delta is None:
-                missing[id(part)] = place
-            else:
-                row[place] = part.rows(delta[None])[0]
+    def fill(self, row: Tensor, root: Root, retain_graph: bool) -> dict[int, Tensor]:
+        """Fills a row `[width]` by a backward pass; returns the gradients of other parameters."""
+        others = [self._parameters[k] for k in (*self._loose, *self._heads)]
+        inputs: list[Any] = [*(each.edge for each in self._layers), *others]
+        start, cotangent = root
+        taken: Sequence[Tensor | None] = torch.autograd.grad(
+            start, inputs, cotangent, retain_graph=retain_graph, allow_unused=True
+        )
+        check_dense(taken[len(self._layers) :], others)
         targets, sources = [], []
-        for (p, place), g in zip(self.loose, grads, strict=False):
+        views = self._views(row)
+        for view, g in zip(views, taken, strict=False):
             if g is None:
-                missing[id(p)] = place
+                view.zero_()
             else:
-                targets.append(row[place].view(p.shape))
+                targets.append(view)
                 sources.append(g)
         if targets:
             torch._foreach_copy_(targets, sources)
-        for place in missing.values():
-            row[place].zero_()
-        return [g for g in grads[len(self.loose) :] if g is not None]
+        heads = zip(self._heads, taken[len(views) :], strict=True)
+        return {k: g for k, g in heads if g is not None}
 
-    @contextlib.contextmanager
-    def _hooked(self, row: Tensor, missing: dict[int, slice]) -> Iterator[None]:
-        """While it lasts, layers that a pass goes through leave their columns."""
+    def gramian(self, rows: Tensor) -> Tensor:
+        """`[T, T]`, from rows `[T, width]`."""
+        n = len(self._layers)
+        parts = torch.split(rows, [*self._sizes[:n], sum(self._sizes[n:])], 1)
+        grams = [
+            gramian(each.part.spanned(part.view(len(rows), *each.part.shape)), exact=True)
+            for each, part in zip(self._layers, parts, strict=False)
+        ]
+        if self._loose or not grams:
+            grams.append(gramian(parts[-1], exact=True))
+        return torch.stack(grams).sum(0)
 
-        def listener(part: Part, place: slice) -> Any:
-            def listen(deltas: tuple[Tensor | None, ...]) -> None:
-                if deltas[0] is not None:
-                    row[place] = part.rows(deltas[0][None])[0]
-                    del missing[id(part)]
+    def gradients(self, row: Tensor) -> dict[int, Tensor]:
+        """Index → gradient of the shared parameters, from a combination `[width]` of rows."""
+        found: dict[int, Tensor] = {}
+        views = self._views(row)
+        for each, delta in zip(self._layers, views, strict=False):
+            found.update(zip(each.owned, each.part.gradients(delta), strict=True))
+        found.update(zip(self._loose, views[len(self._layers) :], strict=True))
+        return found
 
-            return listen
-
-        handles = [node.register_prehook(listener(part, at)) for node, part, at in self.passed]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _columns(graph: Walk, parameters: list[Tensor], shared: list[int], n_tasks: int) -> _Columns:
-    """Columns for the shared parameters, a layer's together and few where that is possible."""
-    is_shared = set(shared)
-    parts: dict[Node, Part] = {}
-    loose = dict.fromkeys(shared)
-    for layer in find_layers(graph, parameters):
-        theirs = [k for k in owned(layer) if k in is_shared]
-        part = make_part(layer, parameters, theirs, n_tasks)
-        if part is not None:
-            parts[layer.node] = part
-            for k in theirs:
-                del loose[k]
-    heads = [k for k in graph.leaves if k not in is_shared]
-    wanted = {graph.leaves[k] for k in [*loose, *heads]} | parts.keys()
-    leads_on: set[Node] = set()
-    for node in reversed(graph.order):
-        if any(n in wanted or n in leads_on for n, _ in node.next_functions):
-            leads_on.add(node)
-    width = 0
-
-    def take(size: int) -> slice:
-        nonlocal width
-        width += size
-        return slice(width - size, width)
-
-    everything = [(node, part, take(part.width)) for node, part in parts.items()]
-    return _Columns(
-        passed=[entry for entry in everything if entry[0] in leads_on],
-        ends=[entry for entry in everything if entry[0] not in leads_on],
-        loose=[(parameters[k], take(parameters[k].numel())) for k in loose],
-        heads=[parameters[k] for k in heads],
-        width=width,
-    )
+    def _views(self, row: Tensor) -> list[Tensor]:
+        """The columns of each layer and parameter, in the shape of δ or of the parameter."""
+        parts = torch.split(row, self._sizes)
+        n = len(self._layers)
+        return [
+            *(part.view(e.part.shape) for e, part in zip(self._layers, parts, strict=False)),
+            *(
+                like_parameter(part, self._parameters[k])
+                for k, part in zip(self._loose, parts[n:], strict=True)
+            ),
+        ]

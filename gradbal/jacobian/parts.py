@@ -1,4 +1,4 @@
-"""What stands for a layer's gradients in a Gramian: fewer numbers with the same inner products."""
+"""Layers whose gradients are worth more as factors: their part of a Gramian, and of a gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm, Shift
 from gradbal.jacobian.products import no_autocast
 
-__all__ = ["Part", "make_part"]
+__all__ = ["WORTHWHILE", "Part", "make_part"]
 
 WORTHWHILE = 4e6
 """Operations that a part has to save in a step, to make up for its own calls."""
@@ -22,45 +22,48 @@ _SETUP = 4.0
 
 
 class Part(Protocol):
-    """Rows for a layer's weight, and for its bias where that is asked for.
+    """Stands for a layer's weight, and for its bias where that is asked for.
 
     Attributes:
-        width: of the rows.
+        shape: of δ, the gradient of a loss with respect to the layer's output.
     """
 
-    width: int
+    shape: torch.Size
 
-    def rows(self, delta: Tensor) -> Tensor:
-        """`[t, width]`, from the gradients `[t, ...]` of t losses at the layer's output."""
+    def spanned(self, deltas: Tensor) -> Tensor:
+        """Rows `[T, ·]` with the inner products of the gradients, from `[T, *shape]`."""
+        ...
+
+    def gradients(self, delta: Tensor) -> list[Tensor]:
+        """The gradients of weight and bias, from `[*shape]`."""
         ...
 
 
 def make_part(
     layer: Layer, parameters: Sequence[Tensor], wanted: Sequence[int], n_tasks: int
 ) -> Part | None:
-    """A part that costs less than the gradients of the layer's parameters, if there is one.
+    """What stands for a layer, if that costs less than the gradients of its parameters.
 
     Args:
         layer: as found in a graph.
         parameters: what the layer's indices refer to.
-        wanted: which of the layer's parameters it has to stand for.
+        wanted: those of the layer's parameters that it has to stand for.
         n_tasks: T.
     """
     if isinstance(layer, Norm | Shift) or layer.weight not in wanted:
         return None
+    weight = parameters[layer.weight]
     if isinstance(layer, Linear):
         n_rows, n_in = layer.inputs.shape
-        n_out = parameters[layer.weight].numel() // max(n_in, 1)
-        if _pays(n_rows, n_in, n_out, n_tasks):
-            return _Product(layer.inputs, n_out, layer.bias in wanted)
+        if _pays(n_rows, n_in, weight.numel() // max(n_in, 1), n_tasks):
+            return _Product(layer, weight, layer.bias in wanted)
     elif isinstance(layer, Convolution):
-        n_out, n_in = len(layer.kernel), layer.kernel[0].numel()
-        if _unfolds(layer) and _pays(_n_positions(layer), n_in, n_out, n_tasks):
-            return _Patches(layer, layer.bias in wanted)
-    elif isinstance(layer, Embedding):
-        weight = parameters[layer.weight]
-        if layer.indices.numel() < len(weight):
-            return _LookedUp(layer, weight.shape[1])
+        positions = _positions(layer)
+        n_rows, n_in = len(layer.inputs) * positions.numel(), layer.kernel[0].numel()
+        if _unfolds(layer) and _pays(n_rows, n_in, len(layer.kernel), n_tasks):
+            return _Patches(layer, positions, layer.bias in wanted)
+    elif layer.indices.numel() < len(weight):
+        return _LookedUp(layer, weight)
     return None
 
 
@@ -71,33 +74,13 @@ def _pays(n_rows: int, n_in: int, n_out: int, n_tasks: int) -> bool:
     return of_products - of_factor > WORTHWHILE
 
 
-class _Product:
-    """`y = A W + b` with inputs A `[N, in]`: `δᵀL` has the Gramian of `[δᵀA, δᵀ1]`.
+def _span(inputs: Tensor, has_bias: bool) -> Tensor:
+    """`Lᵀ [N, N]` such that `δᵀL` has the Gramian of `[δᵀA, δᵀ1]`, for inputs A `[N, in]`.
 
-    L is the Cholesky factor `[N, N]` of `A Aᵀ + 1`, without the 1 if there is no bias. Products
-    with `A Aᵀ` itself would square the rounding errors of rows that are small sums of large terms.
+    `L Lᵀ = A Aᵀ + 1`, without the 1 if there is no bias. Products with `A Aᵀ` itself would square
+    the rounding errors of gradients that are small sums of large terms.
     """
-
-    def __init__(self, inputs: Tensor, n_out: int, has_bias: bool) -> None:
-        self.width = len(inputs) * n_out
-        self._device = inputs.device
-        # TF32 and bfloat16 products are global settings of the user's.
-        is_single = torch.get_float32_matmul_precision() == "highest"
-        wide = torch.float32 if is_single and inputs.dtype != torch.float64 else torch.float64
-        with no_autocast(self._device):
-            self._factor = _cholesky(inputs.double(), has_bias).mT.to(wide)
-
-    def rows(self, delta: Tensor) -> Tensor:
-        with no_autocast(self._device):
-            return torch.matmul(self._factor, self._matrices(delta).to(self._factor)).flatten(1)
-
-    def _matrices(self, delta: Tensor) -> Tensor:
-        """δ as `[t, N, out]`."""
-        return delta
-
-
-def _cholesky(a: Tensor, has_bias: bool) -> Tensor:
-    n_rows, n_in = a.shape
+    a = inputs.double()
     square = a @ a.mT
     if has_bias:
         square += 1.0
@@ -105,65 +88,127 @@ def _cholesky(a: Tensor, has_bias: bool) -> Tensor:
     # rounding may have taken from it; one of zeros is its own.
     diagonal = square.diagonal()
     size = diagonal.sum()
-    diagonal += size * (torch.finfo(a.dtype).eps * (n_rows + n_in)) + (size == 0).to(a.dtype)
-    factor: Tensor = torch.linalg.cholesky_ex(square).L
-    return factor * (size != 0)
+    diagonal += size * (torch.finfo(a.dtype).eps * sum(a.shape)) + (size == 0).to(a.dtype)
+    factor: Tensor = torch.linalg.cholesky_ex(square).L * (size != 0)
+    # TF32 and bfloat16 products are global settings of the user's.
+    is_single = torch.get_float32_matmul_precision() == "highest"
+    wide = is_single and inputs.dtype != torch.float64
+    return factor.mT.to(torch.float32 if wide else torch.float64)
 
 
-class _Patches(_Product):
-    """A convolution as the product of its patches `[B · positions, C_in · kernel]` and a matrix."""
+def _times(factor: Tensor, deltas: Tensor) -> Tensor:
+    """`[T, N · out]` from `[T, N, out]`."""
+    with no_autocast(deltas.device):
+        return torch.matmul(factor, deltas.to(factor.dtype)).flatten(1)
 
-    def __init__(self, layer: Convolution, has_bias: bool) -> None:
+
+class _Product:
+    """`y = A W + b` with inputs A `[N, in]`."""
+
+    def __init__(self, layer: Linear, weight: Tensor, has_bias: bool) -> None:
+        self._inputs = layer.inputs
+        self._is_transposed = layer.is_transposed
+        self._has_bias = has_bias
+        n_rows, n_in = layer.inputs.shape
+        self.shape = torch.Size([n_rows, weight.numel() // n_in])
+
+    def spanned(self, deltas: Tensor) -> Tensor:
+        """`δᵀL`."""
+        with no_autocast(deltas.device):
+            factor = _span(self._inputs, self._has_bias)
+        return _times(factor, deltas)
+
+    def gradients(self, delta: Tensor) -> list[Tensor]:
+        """`δᵀA`, or its transpose, and `δᵀ1`."""
+        a = self._inputs.to(delta.dtype)
+        with no_autocast(delta.device):
+            weight = delta.mT @ a if self._is_transposed else a.mT @ delta
+        return [weight, delta.sum(0)] if self._has_bias else [weight]
+
+
+class _Patches:
+    """A convolution, as the product of its patches `[B · positions, C_in · kernel]`."""
+
+    def __init__(self, layer: Convolution, positions: torch.Size, has_bias: bool) -> None:
+        self._layer = layer
+        self._has_bias = has_bias
+        self.shape = torch.Size([len(layer.inputs), len(layer.kernel), *positions])
+
+    def spanned(self, deltas: Tensor) -> Tensor:
+        """`δᵀL`."""
+        layer = self._layer
         inputs, kernel = layer.inputs, layer.kernel.shape[2:]
         settings = [kernel, layer.dilation, layer.padding, layer.stride]
         if len(kernel) == 1:
             inputs = inputs.unsqueeze(2)
             settings = [(least, *s) for least, s in zip((1, 1, 0, 1), settings, strict=True)]
         patches = F.unfold(inputs, *settings).mT.flatten(0, 1)
-        super().__init__(patches, len(layer.kernel), has_bias)
+        with no_autocast(deltas.device):
+            factor = _span(patches, self._has_bias)
+        return _times(factor, deltas.flatten(3).mT.flatten(1, 2))
 
-    def _matrices(self, delta: Tensor) -> Tensor:
-        return delta.flatten(3).mT.flatten(1, 2)
+    def gradients(self, delta: Tensor) -> list[Tensor]:
+        """Those of the convolution."""
+        layer = self._layer
+        _, weight, bias = torch.ops.aten.convolution_backward(
+            delta,
+            layer.inputs.to(delta.dtype),
+            layer.kernel.to(delta.dtype),
+            [len(layer.kernel)],
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.is_transposed,
+            layer.output_padding,
+            layer.groups,
+            [False, True, self._has_bias],
+        )
+        return [weight, bias] if self._has_bias else [weight]
 
 
 def _unfolds(layer: Convolution) -> bool:
     return layer.groups == 1 and not layer.is_transposed and layer.kernel.dim() in (3, 4)
 
 
-def _n_positions(layer: Convolution) -> int:
-    """How many patches there are."""
-    n = len(layer.inputs)
+def _positions(layer: Convolution) -> torch.Size:
+    """How many patches there are along each dimension."""
     sizes = layer.inputs.shape[2:], layer.kernel.shape[2:]
-    for size, kernel, padding, dilation, stride in zip(
-        *sizes, layer.padding, layer.dilation, layer.stride, strict=True
-    ):
-        n *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    return n
+    return torch.Size(
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, padding, dilation, stride in zip(
+            *sizes, layer.padding, layer.dilation, layer.stride, strict=True
+        )
+    )
 
 
 class _LookedUp:
-    """The rows of a table that N indices take: `[t, N · D]` in place of `[t, V · D]`."""
+    """The rows of a table that N indices take: `[T, N, D]` in place of `[T, V, D]`."""
 
-    def __init__(self, layer: Embedding, n_features: int) -> None:
-        indices = layer.indices.flatten()
-        self.width = len(indices) * n_features
-        ordered = indices.sort().values
+    def __init__(self, layer: Embedding, weight: Tensor) -> None:
+        self._layer = layer
+        self._n_rows = len(weight)
+        self._indices = layer.indices.flatten()
+        self.shape = torch.Size([*layer.indices.shape, weight.shape[1]])
+
+    def spanned(self, deltas: Tensor) -> Tensor:
+        """What arrives at equal indices, added up."""
+        ordered = self._indices.sort().values
         # Equal indices have the same place. How many there are is not asked: the host would wait.
-        self._place = torch.searchsorted(ordered, indices)
-        self._count: Tensor | None = None
-        if layer.by_freq:
-            after = torch.searchsorted(ordered, indices, right=True)
-            self._count = (after - self._place)[:, None]
-        self._is_padding: Tensor | None = None
-        if layer.padding_idx is not None:
-            self._is_padding = (indices == layer.padding_idx)[:, None]
+        place = torch.searchsorted(ordered, self._indices)
+        flat = deltas.flatten(1, -2)
+        if self._layer.by_freq:
+            after = torch.searchsorted(ordered, self._indices, right=True)
+            flat = flat / (after - place)[:, None]
+        if self._layer.padding_idx is not None:
+            flat = flat.masked_fill((self._indices == self._layer.padding_idx)[:, None], 0.0)
+        return torch.zeros_like(flat).index_add_(1, place, flat).flatten(1)
 
-    def rows(self, delta: Tensor) -> Tensor:
-        flat = delta.reshape(len(delta), len(self._place), -1)
-        if flat.dtype != torch.float64:
-            flat = flat.float()
-        if self._count is not None:
-            flat = flat / self._count
-        if self._is_padding is not None:
-            flat = flat.masked_fill(self._is_padding, 0.0)
-        return torch.zeros_like(flat).index_add_(1, self._place, flat).flatten(1)
+    def gradients(self, delta: Tensor) -> list[Tensor]:
+        """That of the embedding."""
+        layer = self._layer
+        padding = -1 if layer.padding_idx is None else layer.padding_idx
+        return [
+            torch.ops.aten.embedding_dense_backward(
+                delta, layer.indices, self._n_rows, padding, layer.by_freq
+            )
+        ]

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from gradbal.jacobian.engines import RowsEngine
-from gradbal.jacobian.found import largest_entries
 from gradbal.jacobian.graph import (
     Reach,
     Root,
     check_dense,
-    check_one_device,
+    common_kind,
     hooks_held_back,
     reached_parameters,
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
 
 
 @dataclass
@@ -45,7 +44,7 @@ class _Layout:
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
             {
-                k: _like(part, self.parameters[k])
+                k: like_parameter(part, self.parameters[k])
                 for k, part in zip(self.shared, torch.split(row, sizes), strict=True)
                 if reached[k]
             }
@@ -243,10 +242,7 @@ class Rows:
     def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
         shared = shared_indices(parameters, reach, self.shared_parameters)
         chosen = [parameters[k] for k in shared]
-        device = check_one_device(chosen)
-        dtype = chosen[0].dtype
-        for p in chosen[1:]:
-            dtype = torch.promote_types(dtype, p.dtype)
+        device, dtype = common_kind(chosen)
         sizes = [p.numel() for p in chosen]
         buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=device)
         return _Layout(parameters, reach, shared, buffer)
@@ -254,8 +250,7 @@ class Rows:
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
-        heads = [[*head.values()] for head in self.heads]
-        return largest_entries(heads, self._current.buffer.device)
+        return largest_entries(self.heads, self._current.buffer.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffer is worth a copy only where gradients are pending in it.
@@ -277,27 +272,58 @@ class Rows:
         """
         layout = self._current
         chosen = [layout.parameters[k] for k in layout.shared]
-        sizes = [p.numel() for p in chosen]
-        grads = [
-            _like(part, p) for part, p in zip(torch.split(direction, sizes), chosen, strict=True)
-        ]
-        targets = list(chosen)
-        for weight, head in zip(head_weights, self.heads, strict=True):
-            if weight is None or not head:
-                continue
-            parts = list(head.values())
-            # Not in place: autograd may return one tensor for two parameters.
-            if isinstance(weight, Tensor):
-                parts = [part * weight.to(part.dtype) for part in parts]
-            elif weight != 1.0:
-                parts = list(torch._foreach_mul(parts, weight))
-            targets.extend(layout.parameters[k] for k in head)
-            grads.extend(parts)
-        self.heads = [{} for _ in self.heads]
-        torch.autograd.backward(targets, grads)
+        parts = torch.split(direction, [p.numel() for p in chosen])
+        grads = [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
+        heads, self.heads = self.heads, [{} for _ in self.heads]
+        deliver(chosen, grads, layout.parameters, heads, head_weights)
 
 
-def _like(part: Tensor, parameter: Tensor) -> Tensor:
+def deliver(
+    shared: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    heads: Sequence[dict[int, Tensor]],
+    head_weights: Sequence[float | Tensor | None],
+) -> None:
+    """Sends gradients of shared parameters as they are, and of the others with their weights.
+
+    Args:
+        shared, gradients: the shared parameters and what they get.
+        parameters: what the indices of `heads` refer to.
+        heads: for each task, index → gradient.
+        head_weights: for each task what those are multiplied by; None leaves them out.
+    """
+    targets, grads = list(shared), list(gradients)
+    for weight, head in zip(head_weights, heads, strict=True):
+        if weight is None or not head:
+            continue
+        parts = list(head.values())
+        # Not in place: autograd may return one tensor for two parameters.
+        if isinstance(weight, Tensor):
+            parts = [part * weight.to(part.dtype) for part in parts]
+        elif weight != 1.0:
+            parts = list(torch._foreach_mul(parts, weight))
+        targets.extend(parameters[k] for k in head)
+        grads.extend(parts)
+    torch.autograd.backward(targets, grads)
+
+
+def largest_entries(heads: Sequence[dict[int, Tensor]], device: torch.device) -> Tensor:
+    """The largest absolute entry of each task's gradients, `[T]`: not finite where one of them is
+    not, zero where there are none."""
+    grads = [g for head in heads for g in head.values()]
+    if not grads:
+        return torch.zeros(len(heads), device=device)
+    norms = iter(torch._foreach_norm(grads, float("inf")))
+    zero = torch.zeros((), device=device)
+    width = max(map(len, heads))
+    # Filled up with zeros: one operator for all tasks.
+    rows = [[next(norms).to(device, torch.float32) for _ in head] for head in heads]
+    entries = [n for row in rows for n in row + [zero] * (width - len(row))]
+    return torch.stack(entries).view(len(rows), width).amax(1)
+
+
+def like_parameter(part: Tensor, parameter: Tensor) -> Tensor:
     """A flat part seen in the parameter's shape, and memory format where that is dense.
 
     A representation's stays in the order of its indices, in which aggregators look at it.
