@@ -524,12 +524,15 @@ class Balancer:
             infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
             torch.autograd.backward(taken.shared, infinite)
 
-        host = HostValues(g, values, taken.extremes)
+        host, kept = HostValues(g, values, taken.extremes), taken.kept
+        if kept is not None and wants_exact(host.gramian, kept.rows):
+            g = _unscaled(kept.exact(), scale)
+            host = HostValues(g, values, taken.extremes)
         found = self._examine(g, host, overflow, pending, scale)
-        if isinstance(found, bool) or taken.deliver is None:
+        if kept is None or isinstance(found, bool):
             return self._weighted_step(call, factors, values, found)
         weights = self._weights(found.host, found.present)
-        taken.deliver(weights[0], self._head_factors(weights[1], found.present))
+        kept.deliver(weights[0], self._head_factors(weights[1], found.present))
         self._train_own_weights(values, found.present, scale)
         self._finish(*weights, found.gramian, found.absent)
         return True

@@ -11,7 +11,15 @@ from torch import Tensor
 from gradbal.jacobian.graph import Root
 from gradbal.jacobian.loop import Loop
 
-__all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "Found",
+    "GramianEngine",
+    "Kept",
+    "RowsEngine",
+    "make_engine",
+]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 """The values of `jacobian=`."""
@@ -34,20 +42,32 @@ class RowsEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Gradients in a form of the engine's own, from which all else can be had without a pass.
+
+    rows: `[T, ·]`, zero where a task's gradients are. exact: the Gramian again, with products in
+    float64. deliver: sends the combination of the gradients into `.grad`, from weights `[T]` of the
+    tasks and what each one's own gradients are multiplied by, None for a task that sits out.
+    """
+
+    rows: Tensor
+    exact: Callable[[], Tensor]
+    deliver: Callable[[Tensor, Sequence[float | Tensor | None]], None]
+
+
+@dataclass(frozen=True)
 class Found:
     """What an engine knows when it has no rows.
 
     gramian: `[T, T]`, float64, on the device; zero for tasks that sit out. extremes: `[T]`, for
     each task an entry that is not finite where a gradient of its own parameters is not. shared: the
-    shared parameters. deliver: where the gradients are known well enough for it, sends their
-    combination into `.grad`, from the weights `[T]` and what each task's own gradients are
-    multiplied by, None for tasks that sit out; otherwise None, and a backward pass has to follow.
+    shared parameters. kept: where a backward pass is not needed any more; otherwise None.
     """
 
     gramian: Tensor
     extremes: Tensor
     shared: list[Tensor]
-    deliver: Callable[[Tensor, Sequence[float | Tensor | None]], None] | None = None
+    kept: Kept | None = None
 
 
 @runtime_checkable

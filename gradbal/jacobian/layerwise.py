@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradbal.jacobian.engines import Found
+from gradbal.jacobian.engines import Found, Kept
 from gradbal.jacobian.graph import (
     Root,
     check_dense,
@@ -35,7 +36,7 @@ class Layerwise:
        at a layer's output, δ_t, is kept: the gradient of the weight would be `δ_tᵀA`.
     3. Where a layer does not gain by that, and where a parameter does not surely act through one
        layer alone, the parameter's own gradients are kept.
-    4. Each layer adds its part to the Gramian, whose products are in float64.
+    4. Each layer adds its part to the Gramian.
     5. With the weights of the tasks each layer gets its gradient from `Σ w_t δ_t` and A.
     """
 
@@ -94,7 +95,12 @@ class Layerwise:
             deliver(targets, [*gradients.values()], parameters, heads, head_weights)
 
         chosen = [parameters[k] for k in shared]
-        return Found(columns.gramian(rows), largest_entries(heads, device), chosen, send)
+        return Found(
+            columns.gramian(rows),
+            largest_entries(heads, device),
+            chosen,
+            Kept(rows, partial(columns.gramian, rows, exact=True), send),
+        )
 
     def _rows(self, n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """`[T, width]`, of any values; the same memory from step to step."""
@@ -169,16 +175,16 @@ class _Columns:
         heads = zip(self._heads, taken[len(views) :], strict=True)
         return {k: g for k, g in heads if g is not None}
 
-    def gramian(self, rows: Tensor) -> Tensor:
-        """`[T, T]`, from rows `[T, width]`."""
+    def gramian(self, rows: Tensor, *, exact: bool = False) -> Tensor:
+        """`[T, T]`, from rows `[T, width]`; with products in float64 if it has to be exact."""
         n = len(self._layers)
         parts = torch.split(rows, [*self._sizes[:n], sum(self._sizes[n:])], 1)
         grams = [
-            gramian(each.part.spanned(part.view(len(rows), *each.part.shape)), exact=True)
+            gramian(each.part.spanned(part.view(len(rows), *each.part.shape)), exact=exact)
             for each, part in zip(self._layers, parts, strict=False)
         ]
         if self._loose or not grams:
-            grams.append(gramian(parts[-1], exact=True))
+            grams.append(gramian(parts[-1], exact=exact))
         return torch.stack(grams).sum(0)
 
     def gradients(self, row: Tensor) -> dict[int, Tensor]:
