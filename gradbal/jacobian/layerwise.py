@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian.engines import Found, Kept
 from gradbal.jacobian.graph import (
@@ -120,11 +121,16 @@ class Layerwise:
 
 @dataclass(frozen=True)
 class _Layered:
-    """Columns that hold δ of a layer; `owned` are the indices of parameters they stand for."""
+    """Columns that hold δ of a layer.
+
+    owned: indices of the parameters that they stand for. leads_on: whether a backward pass has to
+    go through the layer, to what is wanted behind it.
+    """
 
     part: Part
     owned: list[int]
-    edge: GradientEdge
+    node: Node
+    leads_on: bool
 
 
 class _Columns:
@@ -138,17 +144,20 @@ class _Columns:
         self, graph: Walk, parameters: list[Tensor], shared: list[int], n_tasks: int
     ) -> None:
         self._parameters = parameters
-        self._layers: list[_Layered] = []
+        parts: dict[Node, tuple[Part, list[int]]] = {}
         loose = dict.fromkeys(shared)
         for layer in find_layers(graph, parameters):
             theirs = [k for k in owned(layer) if k in loose]
             part = make_part(layer, parameters, theirs, n_tasks)
             if part is not None:
-                self._layers.append(_Layered(part, theirs, GradientEdge(layer.node, 0)))
+                parts[layer.node] = part, theirs
                 for k in theirs:
                     del loose[k]
         self._loose = list(loose)
         self._heads = [k for k in graph.leaves if k not in set(shared)]
+        wanted = parts.keys() | {graph.leaves[k] for k in (*self._loose, *self._heads)}
+        on = graph.leading_to(wanted)
+        self._layers = [_Layered(*found, node, node in on) for node, found in parts.items()]
         self._sizes = [each.part.shape.numel() for each in self._layers]
         self._sizes += [parameters[k].numel() for k in self._loose]
         self.width = sum(self._sizes)
@@ -156,24 +165,53 @@ class _Columns:
     def fill(self, row: Tensor, root: Root, retain_graph: bool) -> dict[int, Tensor]:
         """Fills a row `[width]` by a backward pass; returns the gradients of other parameters."""
         others = [self._parameters[k] for k in (*self._loose, *self._heads)]
-        inputs: list[Any] = [*(each.edge for each in self._layers), *others]
-        start, cotangent = root
-        taken: Sequence[Tensor | None] = torch.autograd.grad(
-            start, inputs, cotangent, retain_graph=retain_graph, allow_unused=True
-        )
-        check_dense(taken[len(self._layers) :], others)
-        targets, sources = [], []
         views = self._views(row)
-        for view, g in zip(views, taken, strict=False):
-            if g is None:
+        n = len(self._layers)
+        ends = [k for k, each in enumerate(self._layers) if not each.leads_on]
+        inputs: list[Any] = [*(GradientEdge(self._layers[k].node, 0) for k in ends), *others]
+        start, cotangent = root
+        with self._listening(views) as heard:
+            taken: Sequence[Tensor | None] = torch.autograd.grad(
+                start, inputs, cotangent, retain_graph=retain_graph, allow_unused=True
+            )
+        check_dense(taken[len(ends) :], others)
+        found = dict(zip((*ends, *range(n, len(views))), taken, strict=False))
+        written = {k: g for k, g in found.items() if g is not None}
+        if written:
+            torch._foreach_copy_([views[k] for k in written], [*written.values()])
+        for k, view in enumerate(views):
+            if k not in written and k not in heard:
                 view.zero_()
-            else:
-                targets.append(view)
-                sources.append(g)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        heads = zip(self._heads, taken[len(views) :], strict=True)
+        heads = zip(self._heads, taken[len(found) :], strict=True)
         return {k: g for k, g in heads if g is not None}
+
+    @contextlib.contextmanager
+    def _listening(self, views: Sequence[Tensor]) -> Iterator[set[int]]:
+        """While it lasts, what arrives at layers that a pass goes through is copied; gives which
+        layers those are.
+
+        What autograd itself captures there is without the hooks of users on the layer's output.
+        """
+        heard: set[int] = set()
+
+        def listener(k: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+            def listen(deltas: tuple[Tensor | None, ...]) -> None:
+                if deltas[0] is not None:
+                    views[k].copy_(deltas[0])
+                    heard.add(k)
+
+            return listen
+
+        handles = [
+            each.node.register_prehook(listener(k))
+            for k, each in enumerate(self._layers)
+            if each.leads_on
+        ]
+        try:
+            yield heard
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def gramian(self, rows: Tensor, *, exact: bool = False) -> Tensor:
         """`[T, T]`, from rows `[T, width]`; with products in float64 if it has to be exact."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +45,14 @@ class Walk:
         for k, node in self.leaves.items():
             masks[k] = self.tasks[node]
         return [tuple(bool(mask >> i & 1) for mask in masks) for i in range(n_tasks)]
+
+    def leading_to(self, wanted: Collection[Node]) -> set[Node]:
+        """The nodes from which a backward pass goes on to others that are wanted."""
+        found: set[Node] = set()
+        for node in reversed(self.order):
+            if any(n in wanted or n in found for n, _ in node.next_functions if n is not None):
+                found.add(node)
+        return found
 
 
 def walk(roots: Sequence[Tensor | GradientEdge], parameters: Sequence[Tensor]) -> Walk:
