@@ -126,6 +126,7 @@ class Balancer:
         self.n_steps = 0
         self.n_dropped: dict[str | int, int] = {}
         self._pending: _Pending | None = None
+        self._n_shared: int | None = None
         self._graph_seen = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
@@ -238,6 +239,19 @@ class Balancer:
             # The weights of a sum of micro-batches are known only at the end.
             return accumulate and not self.aggregator.linear
         return self._refreshes()
+
+    def check_gathers(self) -> None:
+        """Whether gradients can be kept for the next call."""
+        if isinstance(self.engine, GramianEngine):
+            raise ValueError(
+                "accumulate=True needs an engine whose gradients add up, found "
+                f'jacobian="{self.engine.name}"; use "loop", or one larger batch'
+            )
+
+    @property
+    def n_shared(self) -> int | None:
+        """P, the number of shared scalars; None before the first Jacobian."""
+        return self._n_shared if self.rows.width is None else self.rows.width
 
     def _refreshes(self) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
@@ -517,6 +531,7 @@ class Balancer:
         taken = self.engine.take(
             roots, call.parameters, self.shared_params, call.absent, call.retain_graph
         )
+        self._n_shared = sum(p.numel() for p in taken.shared)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from gradbal.registry import create, near_misses
 __all__ = [
     "check_call",
     "check_closures",
+    "check_engine",
     "check_fit",
     "check_options",
     "check_positive",
@@ -162,6 +164,31 @@ def check_options(
     one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
     if group is not None:
         raise NotImplementedError("`process_group` (several processes) is not there yet")
+
+
+def check_engine(aggregator: Aggregator, jacobian: str) -> None:
+    """Whether what the engine finds is what the method consumes."""
+    name = aggregator.name
+    if jacobian != "gramian":
+        return
+    if not isinstance(aggregator, GramianAggregator | Scalarizer):
+        raise ValueError(
+            f'`jacobian` must not be "gramian" for {name!r}, which needs the gradients themselves '
+            'and not their Gramian alone; use "loop"'
+        )
+    if isinstance(aggregator, GramianAggregator) and _has_groups(aggregator):
+        raise ValueError(
+            f'`jacobian` must not be "gramian" for {name!r} with weights by column group, since '
+            'the layers\' parts are of no group; use "loop", or one group'
+        )
+
+
+def _has_groups(aggregator: GramianAggregator) -> bool:
+    try:
+        return aggregator.column_groups([torch.Size([1])]) is not None
+    except ValueError:
+        # Widths, which are for other shapes than this one.
+        return True
 
 
 def check_call(

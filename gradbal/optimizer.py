@@ -14,6 +14,7 @@ from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checks import (
     check_call,
     check_closures,
+    check_engine,
     check_fit,
     check_options,
     check_positive,
@@ -56,7 +57,10 @@ class MultiTaskOptimizer(Optimizer):
         shared_params: the shared parameters, where the graph should not decide.
         heads: what task-specific parameters get: "own", their gradient as it is; "weighted", it
             times their task's weight; None, the method's own choice.
-        jacobian: the engine that takes the gradients; so far "loop", and "auto" which picks it.
+        jacobian: the engine that takes the gradients. "loop" takes the rows of J one after the
+            other. "gramian" keeps them as factors where that is cheaper (wide layers at small
+            batches), and never forms J: for methods that the Gramian suffices. "auto" is "loop" so
+            far.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
@@ -112,6 +116,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
         check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
+        check_engine(self.aggregator, jacobian)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
@@ -249,7 +254,8 @@ class MultiTaskOptimizer(Optimizer):
             retain_graph: keep the losses' graph.
 
         Raises:
-            TypeError, ValueError: losses that are not what is said above; nothing has changed then.
+            TypeError, ValueError: losses that are not what is said above, or `accumulate` with
+                jacobian="gramian"; nothing has changed then.
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
                 has changed, except that pending gradients are given up if it was a gradient.
         """
@@ -264,6 +270,8 @@ class MultiTaskOptimizer(Optimizer):
                 check_positive(each)
         parameters = self._trained()
         single_pass = not balancer.needs_jacobian(accumulate)
+        if accumulate and not single_pass:
+            balancer.check_gathers()
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
@@ -398,7 +406,7 @@ class MultiTaskOptimizer(Optimizer):
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,
             "dropped": dict(balancer.n_dropped),
-            "shared": balancer.rows.width,
+            "shared": balancer.n_shared,
             "weights": None if self.weights is None else self.weights.tolist(),
             "losses": None if self.losses is None else self.losses.tolist(),
             "gradient_norms": norms,
