@@ -216,13 +216,11 @@ class _Columns:
     def gramian(self, rows: Tensor, *, exact: bool = False) -> Tensor:
         """`[T, T]`, from rows `[T, width]`; with products in float64 if it has to be exact."""
         n = len(self._layers)
-        parts = torch.split(rows, [*self._sizes[:n], sum(self._sizes[n:])], 1)
-        grams = [
-            gramian(each.part.spanned(part.view(len(rows), *each.part.shape)), exact=exact)
-            for each, part in zip(self._layers, parts, strict=False)
-        ]
-        if self._loose or not grams:
-            grams.append(gramian(parts[-1], exact=exact))
+        columns = torch.split(rows, [*self._sizes[:n], sum(self._sizes[n:])], 1)
+        grams = [gramian(columns[-1], exact=exact)]
+        for each, part in zip(self._layers, columns, strict=False):
+            deltas = part.view(len(rows), *each.part.shape)
+            grams.append(gramian(each.part.spanned(deltas.double() if exact else deltas)))
         return torch.stack(grams).sum(0)
 
     def gradients(self, row: Tensor) -> dict[int, Tensor]:

@@ -31,7 +31,8 @@ class Part(Protocol):
     shape: torch.Size
 
     def spanned(self, deltas: Tensor) -> Tensor:
-        """Rows `[T, ·]` with the inner products of the gradients, from `[T, *shape]`."""
+        """Rows `[T, ·]` with the inner products of the gradients, from `[T, *shape]` and in its
+        dtype."""
         ...
 
     def gradients(self, delta: Tensor) -> list[Tensor]:
@@ -74,13 +75,25 @@ def _pays(n_rows: int, n_in: int, n_out: int, n_tasks: int) -> bool:
     return of_products - of_factor > WORTHWHILE
 
 
-def _span(inputs: Tensor, has_bias: bool) -> Tensor:
-    """`Lᵀ [N, N]` such that `δᵀL` has the Gramian of `[δᵀA, δᵀ1]`, for inputs A `[N, in]`.
+def _spanned(inputs: Tensor, has_bias: bool, deltas: Tensor) -> Tensor:
+    """`δᵀL [T, N · out]`, which has the Gramian of `[δᵀA, δᵀ1]`.
 
     `L Lᵀ = A Aᵀ + 1`, without the 1 if there is no bias. Products with `A Aᵀ` itself would square
     the rounding errors of gradients that are small sums of large terms.
+
+    Args:
+        inputs: A `[N, in]`.
+        deltas: δ `[T, N, out]`; everything is in float64 if it is.
     """
-    a = inputs.double()
+    # TF32 and bfloat16 products are global settings of the user's.
+    is_single = torch.get_float32_matmul_precision() == "highest"
+    with no_autocast(deltas.device):
+        factor = _cholesky(inputs.double(), has_bias)
+        deltas = deltas if is_single else deltas.double()
+        return torch.matmul(factor.mT.to(deltas.dtype), deltas).flatten(1)
+
+
+def _cholesky(a: Tensor, has_bias: bool) -> Tensor:
     square = a @ a.mT
     if has_bias:
         square += 1.0
@@ -89,17 +102,8 @@ def _span(inputs: Tensor, has_bias: bool) -> Tensor:
     diagonal = square.diagonal()
     size = diagonal.sum()
     diagonal += size * (torch.finfo(a.dtype).eps * sum(a.shape)) + (size == 0).to(a.dtype)
-    factor: Tensor = torch.linalg.cholesky_ex(square).L * (size != 0)
-    # TF32 and bfloat16 products are global settings of the user's.
-    is_single = torch.get_float32_matmul_precision() == "highest"
-    wide = is_single and inputs.dtype != torch.float64
-    return factor.mT.to(torch.float32 if wide else torch.float64)
-
-
-def _times(factor: Tensor, deltas: Tensor) -> Tensor:
-    """`[T, N · out]` from `[T, N, out]`."""
-    with no_autocast(deltas.device):
-        return torch.matmul(factor, deltas.to(factor.dtype)).flatten(1)
+    factor: Tensor = torch.linalg.cholesky_ex(square).L
+    return factor * (size != 0)
 
 
 class _Product:
@@ -114,9 +118,7 @@ class _Product:
 
     def spanned(self, deltas: Tensor) -> Tensor:
         """`δᵀL`."""
-        with no_autocast(deltas.device):
-            factor = _span(self._inputs, self._has_bias)
-        return _times(factor, deltas)
+        return _spanned(self._inputs, self._has_bias, deltas)
 
     def gradients(self, delta: Tensor) -> list[Tensor]:
         """`δᵀA`, or its transpose, and `δᵀ1`."""
@@ -143,9 +145,7 @@ class _Patches:
             inputs = inputs.unsqueeze(2)
             settings = [(least, *s) for least, s in zip((1, 1, 0, 1), settings, strict=True)]
         patches = F.unfold(inputs, *settings).mT.flatten(0, 1)
-        with no_autocast(deltas.device):
-            factor = _span(patches, self._has_bias)
-        return _times(factor, deltas.flatten(3).mT.flatten(1, 2))
+        return _spanned(patches, self._has_bias, deltas.flatten(3).mT.flatten(1, 2))
 
     def gradients(self, delta: Tensor) -> list[Tensor]:
         """Those of the convolution."""
