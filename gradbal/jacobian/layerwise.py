@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian.engines import Found, Kept
+from gradbal.jacobian.frontier import Entered, find_frontier
 from gradbal.jacobian.graph import (
     Root,
     check_dense,
@@ -24,6 +25,7 @@ from gradbal.jacobian.layers import find_layers, owned
 from gradbal.jacobian.parts import Part, make_part
 from gradbal.jacobian.products import combine, gramian
 from gradbal.jacobian.rows import deliver, largest_entries, like_parameter
+from gradbal.jacobian.together import enters_as_one
 from gradbal.jacobian.walk import Walk, walk
 
 __all__ = ["Layerwise"]
@@ -37,14 +39,17 @@ class Layerwise:
        at a layer's output, δ_t, is kept: the gradient of the weight would be `δ_tᵀA`.
     3. Where a layer does not gain by that, and where a parameter does not surely act through one
        layer alone, the parameter's own gradients are kept.
-    4. Each layer adds its part to the Gramian.
-    5. With the weights of the tasks each layer gets its gradient from `Σ w_t δ_t` and A.
+    4. All losses' gradients go back together where the graph is fit for that.
+    5. Each layer adds its part to the Gramian.
+    6. With the weights of the tasks each layer gets its gradient from `Σ w_t δ_t` and A.
     """
 
     name = "gramian"
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
+        # Whether passes for several losses work, as far as that is known.
+        self._batches: bool | None = None
 
     def take(
         self,
@@ -79,9 +84,23 @@ class Layerwise:
         heads: list[dict[int, Tensor]] = [{} for _ in roots]
         present = [i for i in range(len(roots)) if i not in sit_out]
         with hooks_held_back(parameters):
-            for i in present:
-                keep = retain_graph or i != present[-1]
-                heads[i] = columns.fill(rows[i], roots[i], keep)
+            frontier = None
+            # Gradients of all losses at once are held beside the rows.
+            if self._batches is not False and 4 * columns.n_loose <= columns.width:
+                frontier = find_frontier(roots, parameters)
+            if (
+                frontier is not None
+                and frontier.shared == sorted(shared)
+                and enters_as_one(frontier, present)
+            ):
+                entered = [frontier.walk(i, retain_graph=retain_graph) for i in present]
+                self._go_together([rows[i] for i in present], columns, entered, retain_graph)
+                for i, each in zip(present, entered, strict=True):
+                    heads[i] = each.heads
+            else:
+                for i in present:
+                    keep = retain_graph or i != present[-1]
+                    heads[i] = columns.fill(rows[i], *roots[i], keep)
         for i in sit_out:
             rows[i].zero_()
 
@@ -102,6 +121,32 @@ class Layerwise:
             chosen,
             Kept(rows, partial(columns.gramian, rows, exact=True), send),
         )
+
+    def _go_together(
+        self,
+        rows: Sequence[Tensor],
+        columns: _Columns,
+        entered: Sequence[Entered],
+        retain_graph: bool,
+    ) -> None:
+        """Fills the rows from what enters the shared part, all at once if that works."""
+        edges = list(dict.fromkeys(edge for each in entered for edge in each.cotangents))
+        zeros = {e: torch.zeros_like(c) for each in entered for e, c in each.cotangents.items()}
+        cotangents = [[each.cotangents.get(e, zeros[e]) for e in edges] for each in entered]
+        if self._batches is not False:
+            try:
+                # The first time the graph is kept: hooks of users may not work in such a pass.
+                keep = retain_graph or self._batches is None
+                columns.fill_together(rows, edges, cotangents, keep)
+            except Exception:
+                if self._batches:
+                    raise
+                self._batches = False
+            else:
+                self._batches = True
+                return
+        for n, (row, each) in enumerate(zip(rows, cotangents, strict=True), 1):
+            columns.fill(row, edges, each, retain_graph or n < len(rows))
 
     def _rows(self, n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """`[T, width]`, of any values; the same memory from step to step."""
@@ -138,6 +183,7 @@ class _Columns:
 
     Attributes:
         width: how many there are.
+        n_loose: how many of them are for parameters themselves.
     """
 
     def __init__(
@@ -161,44 +207,99 @@ class _Columns:
         self._sizes = [each.part.shape.numel() for each in self._layers]
         self._sizes += [parameters[k].numel() for k in self._loose]
         self.width = sum(self._sizes)
+        self.n_loose = sum(self._sizes[len(self._layers) :])
 
-    def fill(self, row: Tensor, root: Root, retain_graph: bool) -> dict[int, Tensor]:
+    def fill(
+        self,
+        row: Tensor,
+        start: Tensor | GradientEdge | Sequence[GradientEdge],
+        cotangent: Tensor | Sequence[Tensor],
+        retain_graph: bool,
+    ) -> dict[int, Tensor]:
         """Fills a row `[width]` by a backward pass; returns the gradients of other parameters."""
-        others = [self._parameters[k] for k in (*self._loose, *self._heads)]
         views = self._views(row)
+        heard = set()
+
+        def hear(k: int, delta: Tensor) -> None:
+            views[k].copy_(delta)
+            heard.add(k)
+
+        found, heads = self._pass(start, cotangent, retain_graph, self._heads, hear)
+        self._write(views, found, heard)
+        return heads
+
+    def fill_together(
+        self,
+        rows: Sequence[Tensor],
+        start: Sequence[GradientEdge],
+        cotangents: Sequence[Sequence[Tensor]],
+        retain_graph: bool,
+    ) -> None:
+        """Fills t rows `[width]` by one pass, each from cotangents of its own."""
+        names: list[int] = []
+
+        def one(*cotangent: Tensor) -> tuple[Tensor, ...]:
+            heard: dict[int, Tensor] = {}
+
+            def hear(k: int, delta: Tensor) -> None:
+                # A hook further on may change it in place.
+                heard[k] = delta.clone()
+
+            found, _ = self._pass(start, cotangent, retain_graph, [], hear)
+            found.update(heard)
+            names.extend(found)
+            return tuple(found.values())
+
+        stacked = torch.vmap(one)(*(torch.stack(each) for each in zip(*cotangents, strict=True)))
+        parts = [each.unbind() for each in stacked]
+        for i, row in enumerate(rows):
+            found = {k: part[i] for k, part in zip(names, parts, strict=True)}
+            self._write(self._views(row), found, set())
+
+    def _pass(
+        self,
+        start: Any,
+        cotangent: Any,
+        retain_graph: bool,
+        heads: Sequence[int],
+        hear: Callable[[int, Tensor], None],
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Number of the columns' entry → gradient, where layers that the pass goes through have not
+        been heard; and index → gradient of other parameters."""
+        others = [self._parameters[k] for k in (*self._loose, *heads)]
         n = len(self._layers)
         ends = [k for k, each in enumerate(self._layers) if not each.leads_on]
         inputs: list[Any] = [*(GradientEdge(self._layers[k].node, 0) for k in ends), *others]
-        start, cotangent = root
-        with self._listening(views) as heard:
+        with self._listening(hear):
             taken: Sequence[Tensor | None] = torch.autograd.grad(
                 start, inputs, cotangent, retain_graph=retain_graph, allow_unused=True
             )
         check_dense(taken[len(ends) :], others)
-        found = dict(zip((*ends, *range(n, len(views))), taken, strict=False))
-        written = {k: g for k, g in found.items() if g is not None}
-        if written:
-            torch._foreach_copy_([views[k] for k in written], [*written.values()])
+        entries = [*ends, *range(n, n + len(self._loose))]
+        found = {k: g for k, g in zip(entries, taken, strict=False) if g is not None}
+        own = zip(heads, taken[len(entries) :], strict=True)
+        return found, {k: g for k, g in own if g is not None}
+
+    @staticmethod
+    def _write(views: Sequence[Tensor], found: dict[int, Tensor], heard: set[int]) -> None:
+        """Into the columns what was found, and zero where nothing was."""
+        if found:
+            torch._foreach_copy_([views[k] for k in found], [*found.values()])
         for k, view in enumerate(views):
-            if k not in written and k not in heard:
+            if k not in found and k not in heard:
                 view.zero_()
-        heads = zip(self._heads, taken[len(found) :], strict=True)
-        return {k: g for k, g in heads if g is not None}
 
     @contextlib.contextmanager
-    def _listening(self, views: Sequence[Tensor]) -> Iterator[set[int]]:
-        """While it lasts, what arrives at layers that a pass goes through is copied; gives which
-        layers those are.
+    def _listening(self, hear: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """While it lasts, what arrives at layers that a pass goes through is heard.
 
         What autograd itself captures there is without the hooks of users on the layer's output.
         """
-        heard: set[int] = set()
 
         def listener(k: int) -> Callable[[tuple[Tensor | None, ...]], None]:
             def listen(deltas: tuple[Tensor | None, ...]) -> None:
                 if deltas[0] is not None:
-                    views[k].copy_(deltas[0])
-                    heard.add(k)
+                    hear(k, deltas[0])
 
             return listen
 
@@ -208,7 +309,7 @@ class _Columns:
             if each.leads_on
         ]
         try:
-            yield heard
+            yield
         finally:
             for handle in handles:
                 handle.remove()
