@@ -169,6 +169,7 @@ class Balancer:
         self.n_steps = 0
         self.n_dropped: dict[str | int, int] = {}
         self._pending: _Pending | None = None
+        self._n_shared: int | None = None
         self._graph_seen = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
@@ -328,10 +329,10 @@ class Balancer:
 
     def check_gathers(self) -> None:
         """Whether gradients can be kept for the next call."""
-        if isinstance(self.engine, Sketch):
+        if isinstance(self.engine, GramianEngine):
             raise ValueError(
-                'accumulate=True needs an engine that keeps gradients, found jacobian="sketch", '
-                'which takes them once more with the weights; use "loop", or one larger batch'
+                "accumulate=True needs an engine whose gradients add up, found "
+                f'jacobian="{self.engine.name}"; use "loop", or one larger batch'
             )
 
     def _knows_weights(self) -> bool:
@@ -342,6 +343,11 @@ class Balancer:
             # Whom it drops changes the others' weights.
             return self.aggregator.linear and self.nonfinite != "drop"
         return True
+
+    @property
+    def n_shared(self) -> int | None:
+        """P, the number of shared scalars; None before the first Jacobian."""
+        return self._n_shared if self.rows.width is None else self.rows.width
 
     def _refreshes(self) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
@@ -617,7 +623,7 @@ class Balancer:
         found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
         return self._weighted_step(call, factors, values, found)
 
-    # The Gramian without the rows, then one pass.
+    # The Gramian without the rows, then one pass if it takes one to deliver.
 
     def _gramian_step(self, call: BackwardCall) -> bool:
         assert isinstance(self.engine, GramianEngine)
@@ -628,7 +634,10 @@ class Balancer:
         if isinstance(self.engine, Sketch):
             # Part of the checkpoint: a resumed run draws the same signs.
             self.engine.step = self.n_steps
-        taken = self.engine.take(roots, call.parameters, self.shared_params, call.absent)
+        taken = self.engine.take(
+            roots, call.parameters, self.shared_params, call.absent, call.retain_graph
+        )
+        self._n_shared = sum(p.numel() for p in taken.shared)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
 
@@ -636,10 +645,18 @@ class Balancer:
             infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
             torch.autograd.backward(taken.shared, infinite)
 
-        host = HostValues(g, values, taken.extremes)
-        return self._weighted_step(
-            call, factors, values, self._examine(g, host, overflow, pending, scale)
-        )
+        host, kept = HostValues(g, values, taken.extremes), taken.kept
+        if kept is not None and wants_exact(host.gramian, kept.rows):
+            g = _unscaled(kept.exact(), scale)
+            host = HostValues(g, values, taken.extremes)
+        found = self._examine(g, host, overflow, pending, scale)
+        if kept is None or isinstance(found, bool):
+            return self._weighted_step(call, factors, values, found)
+        weights = self._weights(found.host, found.present)
+        kept.deliver(weights[0], self._head_factors(weights[1], found.present))
+        self._train_own_weights(values, found.present, scale)
+        self._finish(*weights, found.gramian, found.absent)
+        return True
 
     def _weighted_step(
         self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool

@@ -8,7 +8,7 @@ import torch
 
 from gradbal.aggregators._arguments import integer
 from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
-from gradbal.jacobian import ENGINES, Engine, Loop, Sketch, VMap
+from gradbal.jacobian import ENGINES, Engine, Layerwise, Loop, Sketch, VMap
 from gradbal.registry import near_misses
 
 __all__ = ["make_engine"]
@@ -46,8 +46,11 @@ def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine
                 "leave it out"
             )
         integer(name, value, 1)
-    if jacobian == "sketch":
+    if jacobian in ("gramian", "sketch"):
         _check_gramian_suffices(aggregator, jacobian)
+    if jacobian == "gramian":
+        return Layerwise()
+    if jacobian == "sketch":
         return Sketch(**{"size": given["sketch_size"]} if given else {})
     if jacobian == "vmap":
         return VMap(given.get("chunk_size"))

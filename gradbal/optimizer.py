@@ -73,9 +73,10 @@ class MultiTaskOptimizer(Optimizer):
             times their task's weight; None, the method's own choice.
         jacobian: the engine that takes the gradients. "loop": one backward pass a loss. "vmap": the
             part that losses share is walked once for all of them, where autograd can batch it
-            (needs torch 2.5). "sketch": keeps k numbers of each gradient instead of P, and
-            estimates the Gramian, T·k numbers in place of T·P, for methods that it suffices.
-            "auto": so far the loop.
+            (needs torch 2.5). "gramian": gradients are kept as factors where that is cheaper (wide
+            layers at small batches), and J is never formed; "sketch": k numbers of each gradient
+            are kept instead of P, and the Gramian is estimated; both for methods that the Gramian
+            suffices. "auto": so far the loop.
         chunk_size: for "vmap", how many losses go together at most, which bounds its memory; None
             for all of them.
         update_every: weights are computed at every k-th step and used again in between, with one
@@ -305,7 +306,7 @@ class MultiTaskOptimizer(Optimizer):
 
         Raises:
             TypeError, ValueError: losses that are not what is said above, or `accumulate` with
-                jacobian="sketch"; nothing has changed then.
+                jacobian="gramian" or "sketch"; nothing has changed then.
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
                 has changed, except that pending gradients are given up if it was a gradient or a
                 function's loss. So it is where a function itself raises.
@@ -517,7 +518,7 @@ class MultiTaskOptimizer(Optimizer):
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,
             "dropped": dict(balancer.n_dropped),
-            "shared": balancer.rows.width,
+            "shared": balancer.n_shared,
             "weights": None if self.weights is None else self.weights.tolist(),
             "losses": None if self.losses is None else self.losses.tolist(),
             "gradient_norms": norms,

@@ -10,6 +10,7 @@ from tests.gradients import assert_gradients, expected, task_gradients
 from tests.zoo import ZOO, make, optimizer
 
 ENGINES: dict[str, dict[str, Any]] = {
+    "gramian": {},
     "loop": {},
     # No model has more parameters than the sketch has entries: exact.
     "sketch": {},

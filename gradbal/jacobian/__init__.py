@@ -20,6 +20,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
 )
+from gradbal.jacobian.layerwise import Layerwise
 from gradbal.jacobian.loop import Loop, gradients_of
 from gradbal.jacobian.products import (
     BLOCK,
@@ -45,6 +46,7 @@ __all__ = [
     "Engine",
     "Found",
     "GramianEngine",
+    "Layerwise",
     "Loop",
     "Root",
     "RootsInTurn",

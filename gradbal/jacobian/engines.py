@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +11,15 @@ from torch import Tensor
 from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.graph import Root
 
-__all__ = ["ENGINES", "WITHOUT_ROWS", "Engine", "Found", "GramianEngine", "RowsEngine"]
+__all__ = [
+    "ENGINES",
+    "WITHOUT_ROWS",
+    "Engine",
+    "Found",
+    "GramianEngine",
+    "Kept",
+    "RowsEngine",
+]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
 """The values of `jacobian=`."""
@@ -41,17 +49,32 @@ class RowsEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Gradients in a form of the engine's own, from which all else can be had without a pass.
+
+    rows: `[T, ·]`, zero where a task's gradients are. exact: the Gramian again, with products in
+    float64. deliver: sends the combination of the gradients into `.grad`, from weights `[T]` of the
+    tasks and what each one's own gradients are multiplied by, None for a task that sits out.
+    """
+
+    rows: Tensor
+    exact: Callable[[], Tensor]
+    deliver: Callable[[Tensor, Sequence[float | Tensor | None]], None]
+
+
+@dataclass(frozen=True)
 class Found:
     """What an engine knows when it has no rows.
 
     gramian: `[T, T]`, float64, on the device; zero for tasks that sit out. extremes: `[T]`, for
     each task an entry that is not finite where a gradient of its own parameters is not. shared: the
-    shared parameters.
+    shared parameters. kept: where a backward pass is not needed any more; otherwise None.
     """
 
     gramian: Tensor
     extremes: Tensor
     shared: list[Tensor]
+    kept: Kept | None = None
 
 
 @runtime_checkable
@@ -66,14 +89,16 @@ class GramianEngine(Protocol):
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
+        retain_graph: bool = False,
     ) -> Found:
-        """The Gramian of the shared parameters; the graph is kept.
+        """The Gramian of the shared parameters.
 
         Args:
             roots: for each of T losses, where its backward pass starts and with which cotangent.
             parameters: n leaf tensors that require grad.
             shared_parameters: an explicit set of shared ones, or None to detect them.
             sit_out: tasks whose row and column are left zero.
+            retain_graph: keep the graph even where no other pass has to follow.
 
         Raises:
             ValueError: no parameter is reached by two losses, or a sparse gradient.

@@ -26,6 +26,7 @@ __all__ = [
     "hooks_held_back",
     "only_reached",
     "reached_parameters",
+    "refuse_reentrant",
     "shared_indices",
 ]
 
@@ -85,11 +86,7 @@ def reached_parameters(
             if node is None or node in seen or edge == end:
                 continue
             seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    "activation checkpointing must be non-reentrant, found reentrant; "
-                    "call checkpoint(..., use_reentrant=False)"
-                )
+            refuse_reentrant(node)
             if is_compiled(node):
                 keep_buffers(node)
                 # The same part may be met again, through another of its outputs.
@@ -117,6 +114,19 @@ def only_reached(
         return grads
     (reach,) = reached_parameters([root], parameters)
     return tuple(g if reached else None for g, reached in zip(grads, reach, strict=True))
+
+
+def refuse_reentrant(node: Node) -> None:
+    """Refuses activation checkpointing whose backward pass would go to all leaves.
+
+    Raises:
+        ValueError: the node is of that kind.
+    """
+    if node.name() == "CheckpointFunctionBackward":
+        raise ValueError(
+            "activation checkpointing must be non-reentrant, found reentrant; "
+            "call checkpoint(..., use_reentrant=False)"
+        )
 
 
 def _ends(edge: GradientEdge) -> tuple[Node | None, int]:

@@ -19,6 +19,7 @@ __all__ = [
     "combine_by",
     "cross_gramian",
     "gramian",
+    "no_autocast",
     "upload",
     "wants_exact",
 ]
@@ -69,7 +70,7 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
                 [6., 9.]], dtype=torch.float64)
     """
     jacobian = jacobian.detach()
-    with _no_autocast(jacobian):
+    with no_autocast(jacobian.device):
         if _in_float64(jacobian):
             wide = jacobian.double()
             return wide @ wide.mT
@@ -97,7 +98,7 @@ def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
         >>> cross_gramian(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]))
         tensor([[5.]], dtype=torch.float64)
     """
-    with _no_autocast(first):
+    with no_autocast(first.device):
         pairs = zip(*(torch.split(j.detach(), CHUNK, 1) for j in (first, second)), strict=True)
         return _sum(a.double() @ b.double().mT for a, b in pairs)
 
@@ -181,7 +182,7 @@ def combine_by(
         dtypes: n dtypes of the results.
     """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
-    with _no_autocast(jacobian):
+    with no_autocast(jacobian.device):
         if jacobian.numel() <= SMALL:
             # Few entries in many groups: one product for all of them.
             flat = torch.split(weights.double() @ jacobian.double(), list(sizes))
@@ -244,9 +245,8 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Autocast would take the products to half precision."""
-    device = tensor.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

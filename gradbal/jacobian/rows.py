@@ -25,7 +25,7 @@ from gradbal.jacobian.graph import (
 from gradbal.jacobian.loop import Loop, gradients_of
 from gradbal.jacobian.products import combine_by
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -55,7 +55,7 @@ class _Layout:
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
             {
-                k: _like(part, self.parameters[k])
+                k: like_parameter(part, self.parameters[k])
                 for k, part in zip(self.shared, torch.split(row, sizes), strict=True)
                 if reached[k]
             }
@@ -372,17 +372,7 @@ class Rows:
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
-        device = self._current.buffer.device
-        grads = [g for head in self.heads for g in head.values()]
-        if not grads:
-            return torch.zeros(len(self.heads), device=device)
-        norms = iter(torch._foreach_norm(grads, float("inf")))
-        zero = torch.zeros((), device=device)
-        width = max(map(len, self.heads))
-        # Filled up with zeros: one operator for all tasks.
-        rows = [[next(norms).to(device, torch.float32) for _ in head] for head in self.heads]
-        entries = [n for row in rows for n in row + [zero] * (width - len(row))]
-        return torch.stack(entries).view(len(rows), width).amax(1)
+        return largest_entries(self.heads, self._current.buffer.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffer is worth a copy only where gradients are pending in it.
@@ -437,7 +427,7 @@ class Rows:
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
         parts = combine_by(weights, layout.buffer, sizes, dtypes)
-        return [_like(part, p) for part, p in zip(parts, chosen, strict=True)]
+        return [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
 
     def deliver(
         self, direction: Tensor | list[Tensor], head_weights: Sequence[float | Tensor | None]
@@ -454,30 +444,53 @@ class Rows:
                 0-dim tensor on the device; None leaves them out, 1.0 as they are.
         """
         layout = self._current
-        targets = [layout.parameters[k] for k in layout.shared]
-        copied: list[Tensor] = []
+        shared = [layout.parameters[k] for k in layout.shared]
         if isinstance(direction, Tensor):
-            parts = torch.split(direction, [p.numel() for p in targets])
-            copied += [_like(part, p) for part, p in zip(parts, targets, strict=True)]
-            grads = [*copied]
+            parts = torch.split(direction, [p.numel() for p in shared])
+            direction = [like_parameter(part, p) for part, p in zip(parts, shared, strict=True)]
+            held: Sequence[Tensor] = [*direction]
         else:
-            grads = direction
-        for weight, head in zip(head_weights, self.heads, strict=True):
-            if weight is None or not head:
-                continue
-            own = list(head.values())
-            # Not in place: autograd may return one tensor for two parameters.
-            if isinstance(weight, Tensor):
-                own = [part * weight.to(part.dtype) for part in own]
-            elif weight != 1.0:
-                own = list(torch._foreach_mul(own, weight))
-            else:
-                copied += own
-            targets.extend(layout.parameters[k] for k in head)
-            grads.extend(own)
-            del own
-        self.heads = [{} for _ in self.heads]
-        _accumulate(targets, grads)
+            held = []
+        heads, self.heads = self.heads, [{} for _ in self.heads]
+        deliver(shared, direction, layout.parameters, heads, head_weights)
+        del held
+
+
+def deliver(
+    shared: Sequence[Tensor],
+    gradients: list[Tensor],
+    parameters: Sequence[Tensor],
+    heads: Sequence[dict[int, Tensor]],
+    head_weights: Sequence[float | Tensor | None],
+) -> None:
+    """Sends gradients of shared parameters as they are, and of the others with their weights.
+
+    Args:
+        shared, gradients: the shared parameters and what they get. The list is used up: tensors
+            that nobody else holds become `.grad` themselves, rather than be copied.
+        parameters: what the indices of `heads` refer to.
+        heads: for each task, index → gradient.
+        head_weights: for each task what those are multiplied by; None leaves them out.
+    """
+    targets, held = list(shared), []
+    for weight, head in zip(head_weights, heads, strict=True):
+        if weight is None or not head:
+            continue
+        own = list(head.values())
+        # Not in place: autograd may return one tensor for two parameters.
+        if isinstance(weight, Tensor):
+            own = [part * weight.to(part.dtype) for part in own]
+        elif weight != 1.0:
+            own = list(torch._foreach_mul(own, weight))
+        else:
+            held += own
+        targets.extend(parameters[k] for k in head)
+        gradients.extend(own)
+        del own
+    with torch.enable_grad():
+        nothing = _Gradients.apply(gradients, *targets)
+    torch.autograd.backward(nothing, nothing.detach())
+    del held
 
 
 class _Gradients(torch.autograd.Function):
@@ -500,14 +513,22 @@ class _Gradients(torch.autograd.Function):
         return gradients
 
 
-def _accumulate(targets: Sequence[Tensor], gradients: list[Tensor]) -> None:
-    """Adds the gradients to `.grad`, and empties the list of them."""
-    with torch.enable_grad():
-        nothing = _Gradients.apply(gradients, *targets)
-    torch.autograd.backward(nothing, nothing.detach())
+def largest_entries(heads: Sequence[dict[int, Tensor]], device: torch.device) -> Tensor:
+    """The largest absolute entry of each task's gradients, `[T]`: not finite where one of them is
+    not, zero where there are none."""
+    grads = [g for head in heads for g in head.values()]
+    if not grads:
+        return torch.zeros(len(heads), device=device)
+    norms = iter(torch._foreach_norm(grads, float("inf")))
+    zero = torch.zeros((), device=device)
+    width = max(map(len, heads))
+    # Filled up with zeros: one operator for all tasks.
+    rows = [[next(norms).to(device, torch.float32) for _ in head] for head in heads]
+    entries = [n for row in rows for n in row + [zero] * (width - len(row))]
+    return torch.stack(entries).view(len(rows), width).amax(1)
 
 
-def _like(part: Tensor, parameter: Tensor) -> Tensor:
+def like_parameter(part: Tensor, parameter: Tensor) -> Tensor:
     """A flat part seen in the parameter's shape, and memory format where that is dense.
 
     A representation's stays in the order of its indices, in which aggregators look at it.

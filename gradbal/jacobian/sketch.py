@@ -116,6 +116,7 @@ class Sketch:
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
+        retain_graph: bool = True,
     ) -> Found:
         """An estimate of the Gramian of the shared parameters; the graph is kept.
 
