@@ -592,7 +592,7 @@ def test_micro_batches_of_a_scalarizer() -> None:
     opt.backward(model.losses(model.batch()))
     assert opt.diagnostics()["steps"] == 1
     opt = optimizer(make("Plain"), "gls", jacobian="sketch")
-    with pytest.raises(ValueError, match="accumulate=True needs an engine that keeps gradients"):
+    with pytest.raises(ValueError, match="accumulate=True needs an engine whose gradients add up"):
         opt.backward(model.losses(model.batch()), accumulate=True)
 
 
