@@ -49,3 +49,17 @@ def test_rows_in_half_precision_take_half(n_tasks: int) -> None:
     beyond = _beyond_bare_passes(n_tasks, "upgrad", jacobian_dtype=torch.bfloat16)
     # A sixteenth of them is converted at a time.
     assert 0.49 <= beyond <= 0.6
+
+
+def test_gradients_have_memory_of_their_own() -> None:
+    model = _Wide(3)
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), "upgrad")
+    opt.backward(model.losses())
+    before = [p.grad for p in model.parameters()]
+    values = [g.clone() for g in before]
+    opt.zero_grad()
+    opt.backward([2 * l for l in model.losses()])
+    for g, value, p in zip(before, values, model.parameters(), strict=True):
+        assert torch.equal(g, value)
+        torch.testing.assert_close(p.grad, 2 * g)
+        assert p.grad.untyped_storage().nbytes() == p.numel() * p.itemsize

@@ -43,9 +43,8 @@ CHUNK = 1 << 18
 _ROWS_AT_ONCE = 12
 """The products of blocks of so many rows are an eighth of the rows."""
 
-_CONVERTED = 1 << 20
-"""Entries converted at a time, as many as a processor's cache holds; but no more than a sixteenth
-of the rows."""
+_IN_CACHE = 1 << 20
+"""Entries converted at a time where a processor's cache is to hold them."""
 
 Array = NDArray[np.float64]
 
@@ -79,10 +78,12 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
         unknown = torch.compiler.is_compiling()
         if exact or unknown or torch.get_float32_matmul_precision() != "highest":
             # TF32 and bfloat16 products are global settings of the user's; they stay as they are.
-            chunks = (c.double() for c in _chunks(jacobian, converted=True))
+            chunks = (c.double() for c in _chunks(jacobian, _converted(jacobian)))
             return _sum(c @ c.mT for c in chunks)
-        is_float = jacobian.dtype == torch.float32
-        return _sum(_blocked(c.float()) for c in _chunks(jacobian, converted=not is_float))
+        if jacobian.dtype == torch.float32:
+            at_once = jacobian.numel() // -(-len(jacobian) // _ROWS_AT_ONCE)
+            return _sum(map(_blocked, _chunks(jacobian, at_once)))
+        return _sum(_blocked(c.float()) for c in _chunks(jacobian, _converted(jacobian)))
 
 
 def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
@@ -189,13 +190,15 @@ def combine_by(
             return [d.to(dtype, copy=True) for d, dtype in zip(flat, dtypes, strict=True)]
         w = weights.to(torch.promote_types(jacobian.dtype, torch.float32))
         columns = torch.split(jacobian, list(sizes), 1)
-        return [_combined(w, c, dtype) for c, dtype in zip(columns, dtypes, strict=True)]
+        at_once = _converted(jacobian)
+        pairs = zip(columns, dtypes, strict=True)
+        return [_combined(w, part, dtype, at_once) for part, dtype in pairs]
 
 
-def _combined(weights: Tensor, jacobian: Tensor, dtype: torch.dtype) -> Tensor:
+def _combined(weights: Tensor, jacobian: Tensor, dtype: torch.dtype, at_once: int) -> Tensor:
     if weights.dtype == jacobian.dtype:
         return (weights @ jacobian).to(dtype)
-    chunks = _chunks(jacobian, converted=True)
+    chunks = _chunks(jacobian, at_once)
     result = jacobian.new_empty(jacobian.shape[1], dtype=dtype)
     for part, c in zip(torch.split(result, chunks[0].shape[1]), chunks, strict=True):
         part.copy_(weights @ c.to(weights.dtype))
@@ -217,16 +220,16 @@ def _in_float64(jacobian: Tensor) -> bool:
     return jacobian.dtype == torch.float64 or jacobian.numel() <= SMALL
 
 
-def _chunks(jacobian: Tensor, *, converted: bool) -> tuple[Tensor, ...]:
-    """Whole blocks of columns, such that what is made of them is small beside a large Jacobian.
-    They are as few as that allows: each is a launch, and a moment at which threads wait."""
-    n_tasks, width = jacobian.shape
-    n_blocks = -(-width // BLOCK)
-    if converted:
-        at_once = min(_CONVERTED, jacobian.numel() // 16) // (n_tasks * BLOCK)
-    else:
-        at_once = -(-n_blocks // -(-n_tasks // _ROWS_AT_ONCE))
-    return torch.split(jacobian, max(1, at_once) * BLOCK, dim=1)
+def _converted(jacobian: Tensor) -> int:
+    """How many entries are converted at a time: few beside all of them, in few launches."""
+    sixteenth = jacobian.numel() // 16
+    return min(sixteenth, _IN_CACHE) if jacobian.device.type == "cpu" else sixteenth
+
+
+def _chunks(jacobian: Tensor, entries: int) -> tuple[Tensor, ...]:
+    """Whole blocks of columns, of about so many entries."""
+    n_blocks = -(-entries // (len(jacobian) * BLOCK))
+    return torch.split(jacobian, max(1, n_blocks) * BLOCK, dim=1)
 
 
 def _blocked(jacobian: Tensor) -> Tensor:
