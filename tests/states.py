@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from gradbal import MultiTaskOptimizer
+from gradbal._checkpoint import decode
 from tests.zoo import make
 
 
@@ -26,6 +27,11 @@ def snapshot(model: nn.Module, opt: MultiTaskOptimizer) -> dict[str, Any]:
             "steps": opt.diagnostics()["steps"],
         }
     )
+
+
+def entry(opt: MultiTaskOptimizer) -> dict[str, Any]:
+    """What a checkpoint has besides the wrapped optimizer's state."""
+    return decode(opt.state_dict()["param_groups"][0]["gradbal"])
 
 
 def assert_same(a: Any, b: Any) -> None:

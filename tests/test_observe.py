@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD
 
 import gradbal
 from gradbal import MultiTaskOptimizer, NonFiniteError
-from tests.states import root_at_zero
+from tests.states import entry, root_at_zero
 from tests.zoo import Plain, make
 
 NAN = float("nan")
@@ -178,7 +178,7 @@ def test_a_closure_that_is_asked_again_is_one_step(kind: type) -> None:
     # It is told before the first of the evaluations that follow.
     assert calls[:2] == [0, 1]
     assert opt.aggregator.seen == [(pytest.approx(want), None)]
-    assert opt.state_dict()["gradbal"]["balancer"]["unobserved"] is None
+    assert entry(opt)["balancer"]["unobserved"] is None
 
 
 @KINDS
@@ -194,7 +194,7 @@ def test_a_checkpoint_between_backward_and_step(kind: type, n_bad: int) -> None:
     assert len(seen_there) == 1
     assert seen_there[0][0][n_bad:] == seen[0][0][n_bad:]
     assert seen_there[0][1] == seen[0][1] == ([1, 2] if n_bad else None)
-    assert opt.state_dict()["gradbal"]["balancer"]["unobserved"] is None
+    assert entry(opt)["balancer"]["unobserved"] is None
 
 
 def test_direction_is_a_step_too() -> None:
