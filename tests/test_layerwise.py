@@ -18,9 +18,10 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from gradbal import MultiTaskOptimizer, NonFiniteError
-from gradbal.jacobian import parts
+from gradbal.jacobian import layers, parts
 from gradbal.jacobian.layers import find_layers
 from gradbal.jacobian.walk import walk
+from tests.accelerator import Accelerator
 from tests.states import root_at_zero
 from tests.zoo import make, optimizer
 
@@ -386,6 +387,90 @@ def test_hooks_of_users_count(where: str, behind: bool) -> None:
     check(losses, [*one.parameters(), *([shift] if behind else [])])
 
 
+def together(opt: MultiTaskOptimizer) -> bool | None:
+    """Whether gradients of several losses went back in one pass; None if that was not tried."""
+    return opt._balancer.engine._batches
+
+
+def perceptron() -> tuple[nn.ModuleList, Callable[[nn.ModuleList], list[Tensor]]]:
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5))
+    model = nn.ModuleList([trunk, *(nn.Linear(5, 2) for _ in range(4))]).double()
+
+    def losses(model: nn.ModuleList) -> list[Tensor]:
+        z = model[0](randn(4, 7))
+        return [(h(z) - i).square().mean() for i, h in enumerate(model[1:])]
+
+    return model, losses
+
+
+def test_losses_go_back_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    model, losses = perceptron()
+    passes = 0
+
+    def counted(module: nn.Module, *_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model[0][3].register_full_backward_pre_hook(counted)
+    opt = check(lambda: losses(model), [*model.parameters()])
+    # A module's hook is a node of its own, of which nobody knows what it does.
+    assert together(opt) is None
+    assert passes == 4 + 4
+    model, losses = perceptron()
+    seen: list[Tensor] = []
+
+    def observed(model: nn.ModuleList) -> list[Tensor]:
+        z = model[0][2](model[0][:2](randn(4, 7)))
+        z.register_hook(seen.append)
+        y = model[0][3:](z)
+        return [(h(y) - i).square().mean() for i, h in enumerate(model[1:])]
+
+    opt = check(lambda: observed(model), [*model.parameters()])
+    assert together(opt)
+    assert len(seen) == 4 + 1
+
+
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+def test_a_hook_that_works_for_one_loss_at_a_time(
+    heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    model, _ = perceptron()
+
+    def losses() -> list[Tensor]:
+        z = model[0](randn(4, 7))
+        z.register_hook(lambda g: g / g.norm().item())
+        return [(h(z) - i).square().mean() for i, h in enumerate(model[1:])]
+
+    opt = check(losses, [*model.parameters()], heads=heads)
+    assert together(opt) is False
+    opt.zero_grad()
+    opt.backward(losses())
+
+
+def test_a_hook_that_changes_gradients_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    first, second = layer(7, 5), layer(5, 5)
+
+    def losses() -> list[Tensor]:
+        z = first(randn(4, 7))
+        # The gradient that arrives at the sum goes on to both of its terms as it is.
+        total = torch.addmm(second.bias, z, second.weight) + z
+        z.register_hook(lambda g: g.mul_(2.0))
+        return spread(total)
+
+    check(losses, [*first.parameters(), *second.parameters()])
+
+
+def test_losses_that_enter_at_different_layers_go_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    assert together(check(*partly_shared())) is None
+
+
 def test_hooks_on_parameters_run_once_on_the_result() -> None:
     one = layer(7, 5)
     seen: list[Tensor] = []
@@ -587,7 +672,11 @@ def test_an_overflow_is_left_to_the_scaler() -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
 
 
-def test_the_graph_is_freed_unless_it_is_to_be_kept() -> None:
+@pytest.mark.parametrize("always", [False, True])
+def test_the_graph_is_freed_unless_it_is_to_be_kept(
+    always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: always)
     one = layer(7, 5)
     opt = MultiTaskOptimizer(SGD(one.parameters(), lr=0.1), "upgrad", jacobian="gramian")
     losses = spread(one(randn(4, 7)).tanh())
@@ -597,6 +686,21 @@ def test_the_graph_is_freed_unless_it_is_to_be_kept() -> None:
         opt.backward(losses)
 
 
+def test_activations_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    model, losses = perceptron()
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), "upgrad", jacobian="gramian")
+    opt.backward(losses(model))
+    graph = losses(model)
+    activation = graph[0].grad_fn.next_functions[0][0].next_functions[0][0]
+    while activation.name() != "TanhBackward0":
+        steps = [n for n, _ in activation.next_functions if n is not None]
+        activation = steps[1] if activation.name() == "AddmmBackward0" else steps[0]
+    opt.backward(graph)
+    with pytest.raises(RuntimeError, match="freed"):
+        _ = activation._saved_result
+
+
 def test_one_task_and_no_task_that_goes_without_gradient() -> None:
     one = layer(7, 5)
     opt = MultiTaskOptimizer(SGD(one.parameters(), lr=0.1), "upgrad", jacobian="gramian")
@@ -604,6 +708,30 @@ def test_one_task_and_no_task_that_goes_without_gradient() -> None:
     want = torch.autograd.grad(loss, [*one.parameters()], retain_graph=True)
     opt.backward([loss])
     torch.testing.assert_close([p.grad for p in one.parameters()], [*want])
+
+
+# Convolutions, norms and attention have rows of parameters' own gradients, an embedding has not.
+@pytest.mark.parametrize("name", ["Plain", "Dropout", "ChannelsLast", "TiedWeights", "Attention"])
+def test_the_host_waits_once_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_pays", lambda *_: True)
+    # The pretended device's tensors are of a class of their own.
+    monkeypatch.setattr(layers, "_is_plain", lambda tensor, shape: tensor.shape == tuple(shape))
+    with Accelerator() as device:
+        found, wanted = device.put(make(name)), make(name)
+        for model, batch in ((found, device.put(found.batch())), (wanted, wanted.batch())):
+            opt = optimizer(model, "upgrad", jacobian="gramian")
+            for _ in range(2):
+                torch.manual_seed(1)
+                opt.zero_grad()
+                losses = model.losses(batch)
+                with device.watched() as seen:
+                    opt.backward(losses)
+                if model is found:
+                    n = len(losses)
+                    assert [d.numel for d in seen.waits] == [(n + 2) * n]
+                opt.step()
+        for p, q in zip(found.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(device.look(p), q.detach(), rtol=1e-12, atol=1e-15)
 
 
 def test_it_survives_a_copy() -> None:
