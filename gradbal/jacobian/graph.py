@@ -15,6 +15,7 @@ __all__ = [
     "check_dense",
     "hooks_held_back",
     "reached_parameters",
+    "refuse_reentrant",
     "shared_indices",
 ]
 
@@ -62,17 +63,26 @@ def reached_parameters(
             if node is None or node in seen or edge == end:
                 continue
             seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise ValueError(
-                    "activation checkpointing must be non-reentrant, found reentrant; "
-                    "call checkpoint(..., use_reentrant=False)"
-                )
+            refuse_reentrant(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True
             stack.extend(node.next_functions)
         result.append(tuple(found))
     return result
+
+
+def refuse_reentrant(node: Node) -> None:
+    """Refuses activation checkpointing whose backward pass would go to all leaves.
+
+    Raises:
+        ValueError: the node is of that kind.
+    """
+    if node.name() == "CheckpointFunctionBackward":
+        raise ValueError(
+            "activation checkpointing must be non-reentrant, found reentrant; "
+            "call checkpoint(..., use_reentrant=False)"
+        )
 
 
 def _ends(edge: GradientEdge) -> tuple[Node | None, int]:
