@@ -23,6 +23,7 @@ from gradbal.aggregators.base import (
 from gradbal.jacobian import (
     Engine,
     GramianEngine,
+    Instance,
     Rows,
     RowsEngine,
     combine,
@@ -90,7 +91,7 @@ class Balancer:
     Attributes:
         engine: what takes the gradients, or finds their Gramian.
         rows: the buffer of the Jacobian.
-        tasks: their names, from the first step on.
+        tasks: their names, from the first step on. varies: whether others may come at any step.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
         n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
         unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
@@ -119,6 +120,10 @@ class Balancer:
         self.engine = engine
         self.rows = self._new_rows()
         self.tasks: Names | None = None
+        # Instances are others at every step, and may be more or fewer where nothing remembers them.
+        self.varies = isinstance(engine, Instance) and not (
+            aggregator.per_task_state and aggregator.state_names
+        )
         self.weights: Tensor | None = None
         self.head_weights: Tensor | None = None
         self.gramian: Tensor | None = None
@@ -185,7 +190,7 @@ class Balancer:
     def state_dict(self) -> dict[str, Any]:
         """Tasks, weights that are used again, counters."""
         return {
-            "tasks": None if self.tasks is None else list(self.tasks),
+            "tasks": None if self.tasks is None or self.varies else list(self.tasks),
             "weights": _copy(self.weights),
             "head_weights": _copy(self.head_weights),
             "steps": self.n_steps,
@@ -221,6 +226,8 @@ class Balancer:
         if isinstance(aggregator, GramianAggregator) and not gathers:
             if aggregator.probed_parameters() is not None:
                 return self._probe_step
+            if isinstance(self.engine, Instance):
+                return self._instance_step
             if isinstance(self.engine, GramianEngine):
                 return self._gramian_step
         return self._rows_step
@@ -527,6 +534,30 @@ class Balancer:
             call, factors, values, self._examine(g, host, overflow, pending, scale)
         )
 
+    def _instance_step(self, call: BackwardCall) -> bool:
+        assert isinstance(self.engine, Instance)
+        batch, scale, engine = call.batch, call.scale, self.engine
+        assert isinstance(batch.tensors, Tensor)
+        values, factors = self._transformed(batch)
+        scaled = _scaled(factors, scale)
+        how = batch.tensors, scaled, call.parameters, self.shared_params, call.absent
+        taken = engine.take(*how)
+        pending = self._gather(batch, values, call.absent)
+        g = _unscaled(taken.gramian, scale)
+        host = HostValues(g, values, taken.extremes, taken.doubt)
+        if host.doubt:
+            taken = engine.take(*how, look=True)
+            g = _unscaled(taken.gramian, scale)
+            host = HostValues(g, values, taken.extremes)
+
+        def overflow() -> None:
+            infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
+            torch.autograd.backward(taken.shared, infinite)
+
+        return self._weighted_step(
+            call, factors, values, self._examine(g, host, overflow, pending, scale)
+        )
+
     def _weighted_step(
         self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool
     ) -> bool:
@@ -607,20 +638,33 @@ class Balancer:
         self, call: BackwardCall, factors: Tensor, weights: tuple[Tensor, Tensor]
     ) -> None:
         """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
-        batch, parameters, absent = call.batch, call.parameters, call.absent
+        batch, parameters, retain_graph = call.batch, call.parameters, call.retain_graph
         factors = _scaled(factors, call.scale)
-        present = [i for i in range(len(batch.names)) if i not in absent]
+        present = [i for i in range(len(batch.names)) if i not in call.absent]
         device, dtype = factors.device, factors.dtype
         w, head_weights = (_only(upload(v, device).to(dtype), present) for v in weights)
         if self.heads == "own":
             head_weights = _only(torch.ones_like(factors), present)
         if self.heads == "weighted" and weights[0] is weights[1]:
-            batch.backward(w * factors, parameters, call.retain_graph, absent)
+            self._deliver_sum(call, w * factors, parameters, retain_graph)
             return
         trunk, rest = self._apart(batch, factors, parameters)
         if rest:
-            batch.backward(head_weights * factors, rest, True, absent)
-        batch.backward(w * factors, trunk, call.retain_graph, absent)
+            self._deliver_sum(call, head_weights * factors, rest, True)
+        self._deliver_sum(call, w * factors, trunk, retain_graph)
+
+    def _deliver_sum(
+        self, call: BackwardCall, weights: Tensor, inputs: list[Tensor], retain_graph: bool
+    ) -> None:
+        """`Σ w_i ℓ_i` into the `.grad` of `inputs`."""
+        if not (call.absent and isinstance(self.engine, Instance)):
+            call.batch.backward(weights, inputs, retain_graph, call.absent)
+            return
+        # In a pass of all instances NaN from one of them would reach every weight.
+        assert isinstance(call.batch.tensors, Tensor)
+        found = self.engine.combine(call.batch.tensors, weights, inputs, call.absent)
+        with_gradient, gradients = zip(*found, strict=True)
+        torch.autograd.backward(with_gradient, gradients)
 
     def _single_weights(
         self, values: Tensor, present: list[int], refreshes: bool
@@ -641,6 +685,11 @@ class Balancer:
         self, batch: Losses, factors: Tensor, parameters: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Shared parameters and the others, from the graph: there are no rows to tell."""
+        if isinstance(self.engine, Instance):
+            # Every instance reaches what one of them does.
+            chosen = {id(p) for p in self.shared_params or parameters}
+            trunk = [p for p in parameters if id(p) in chosen]
+            return trunk, [p for p in parameters if id(p) not in chosen]
         roots = [root for root, _ in batch.roots(factors)]
         reach = reached_parameters(roots, parameters)
         shared = set(shared_indices(parameters, reach, self.shared_params))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.optim import Optimizer
 
 from gradbal._losses import Losses, Names
@@ -26,6 +26,7 @@ __all__ = [
     "check_call",
     "check_closures",
     "check_fit",
+    "check_instances",
     "check_options",
     "check_positive",
     "check_shared",
@@ -164,15 +165,49 @@ def check_options(
         raise NotImplementedError("`process_group` (several processes) is not there yet")
 
 
+def check_instances(aggregator: Aggregator, update_every: int) -> None:
+    """Whether the method can do with the Gramian of per-instance losses."""
+    name, found = aggregator.name, "found jacobian='instance', which forms their Gramian alone"
+    if isinstance(aggregator, JacobianAggregator | DoubleSamplingAggregator):
+        raise ValueError(f"{name!r} needs the rows of the Jacobian, {found}; use 'loop'")
+    if isinstance(aggregator, BilevelAggregator):
+        raise ValueError(f"{name!r} looks at single parameters' gradients, {found}; use 'loop'")
+    if aggregator.needs_features:
+        raise ValueError(f"{name!r} works on gradients at a representation, {found}; use 'loop'")
+    if isinstance(aggregator, GramianAggregator) and (
+        aggregator.probed_parameters() is not None or _is_grouped(aggregator)
+    ):
+        raise ValueError(f"{name!r} looks at some columns of the Jacobian, {found}; use 'loop'")
+    if update_every != 1:
+        raise ValueError(
+            "update_every must be 1 with jacobian='instance', since the next batch has other "
+            f"instances, which the weights are not of; found {update_every}"
+        )
+
+
+def _is_grouped(aggregator: GramianAggregator) -> bool:
+    try:
+        return aggregator.column_groups([Size([1])]) is not None
+    except ValueError:
+        # Given numbers of columns, which these are not.
+        return True
+
+
 def check_call(
     aggregator: Aggregator,
     features: Any,
     independent: Sequence[Any],
     accumulate: bool,
     in_closure: bool,
+    instances: bool,
 ) -> None:
     """Whether the method gets what it consumes, and nothing that it does not."""
     name = aggregator.name
+    if instances and (accumulate or features is not None):
+        raise ValueError(
+            "with jacobian='instance' a batch's instances are weighted at once and over all "
+            f"parameters, found {'accumulate=True' if accumulate else '`features`'}"
+        )
     if isinstance(aggregator, BilevelAggregator):
         raise ValueError(
             f"{name!r} looks at validation losses: call step(closure, val_closure), found a "

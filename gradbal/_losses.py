@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian import hooks_held_back, upload
 
-__all__ = ["Losses", "read_losses"]
+__all__ = ["Losses", "read_instances", "read_losses"]
 
 Names = tuple[str | int, ...]
 
@@ -120,6 +120,30 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         )
     _check_names(found, names)
     return Losses(found, torch.stack([l.detach() for l in tensors]), tensors)
+
+
+def read_instances(losses: object, names: Names | None) -> Losses:
+    """Checks the losses of the instances of one batch.
+
+    Args:
+        losses: a 1-D tensor, one entry for each instance.
+        names: of the batch before, where there must be as many; or None.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not 1-D, empty, without a graph, or another number than before.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            'with jacobian="instance" losses must be a 1-D tensor of the losses of all instances, '
+            f'found {type(losses).__name__}; pass the loss of reduction="none" as it is'
+        )
+    if losses.dim() != 1:
+        raise ValueError(
+            'with jacobian="instance" losses must be 1-D, one entry for each instance, found shape '
+            f"{list(losses.shape)}; take the mean over all dimensions but that of the instances"
+        )
+    return _read_vector(losses, names)
 
 
 def _read_vector(losses: Tensor, names: Names | None) -> Losses:

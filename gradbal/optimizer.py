@@ -15,6 +15,7 @@ from gradbal._checks import (
     check_call,
     check_closures,
     check_fit,
+    check_instances,
     check_options,
     check_positive,
     check_shared,
@@ -22,7 +23,7 @@ from gradbal._checks import (
     make_aggregator,
 )
 from gradbal._closures import Closure, Evaluations, read_values
-from gradbal._losses import Losses, read_losses
+from gradbal._losses import Losses, read_instances, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError, not_finite
 from gradbal.aggregators.base import (
     Aggregator,
@@ -30,7 +31,7 @@ from gradbal.aggregators.base import (
     ClosureAggregator,
     Scalarizer,
 )
-from gradbal.jacobian import make_engine
+from gradbal.jacobian import Instance, make_engine
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
@@ -113,6 +114,8 @@ class MultiTaskOptimizer(Optimizer):
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
         check_options(heads, jacobian, update_every, loss_transform, nonfinite, process_group)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
+        if jacobian == "instance":
+            check_instances(self.aggregator, update_every)
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -254,8 +257,10 @@ class MultiTaskOptimizer(Optimizer):
                 has changed, except that pending gradients are given up if it was a gradient.
         """
         balancer = self._balancer
-        check_call(self.aggregator, features, independent, accumulate, self._in_closure)
-        batch = read_losses(losses, balancer.tasks)
+        instances = isinstance(balancer.engine, Instance)
+        check_call(self.aggregator, features, independent, accumulate, self._in_closure, instances)
+        read = read_instances if instances else read_losses
+        batch = read(losses, None if balancer.varies else balancer.tasks)
         others = tuple(read_losses(l, batch.names) for l in independent)
         device = batch.values.device
         if balancer.loss_transform == "log" and device.type == "cpu":

@@ -17,6 +17,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
 )
+from gradbal.jacobian.instance import FoundInstances, Instance
 from gradbal.jacobian.products import (
     BLOCK,
     CHUNK,
@@ -36,7 +37,9 @@ __all__ = [
     "SMALL",
     "Engine",
     "Found",
+    "FoundInstances",
     "GramianEngine",
+    "Instance",
     "Rows",
     "RowsEngine",
     "check_dense",

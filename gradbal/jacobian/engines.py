@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from gradbal.jacobian.graph import Root
+from gradbal.jacobian.instance import Instance
 from gradbal.jacobian.loop import Loop
 
 __all__ = ["ENGINES", "Engine", "Found", "GramianEngine", "RowsEngine", "make_engine"]
@@ -74,7 +75,7 @@ class GramianEngine(Protocol):
         ...
 
 
-Engine = RowsEngine | GramianEngine
+Engine = RowsEngine | GramianEngine | Instance
 
 
 def make_engine(name: str) -> Engine:
@@ -83,6 +84,8 @@ def make_engine(name: str) -> Engine:
     Raises:
         NotImplementedError: it is not there yet.
     """
+    if name == "instance":
+        return Instance()
     if name not in ("auto", "loop"):
         raise NotImplementedError(f'`jacobian="{name}"` is not there yet; use "loop"')
     return Loop()

@@ -1,55 +1,407 @@
 """The Gramian of per-instance losses, from one backward pass of their sum.
 
-Instances do not mix, so one pass finds the gradient of every instance's loss at the output of every
-layer at once. Which of its rows are whose is found by experiment at the first step, when the graph
-has changed, and now and then; nothing is taken for granted.
+Where instances do not mix, one pass finds the gradient of every instance's loss at the output of
+every layer. Which rows are whose is found by experiment: at the first step, wherever the graph has
+changed or sends rows about by the data, and now and then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.jacobian.graph import check_dense, hooks_held_back, shared_indices
+from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
+from gradbal.jacobian.graph import check_dense, shared_indices
 from gradbal.jacobian.layers import Layer, Norm, find_layers, owned
-from gradbal.jacobian.owners import Codes, Ids, Owners, arrange, identify, merged
-from gradbal.jacobian.per_instance import Gathered, Outer, Part, leading, parts
+from gradbal.jacobian.owners import Codes, Owners, Reading, merged
+from gradbal.jacobian.per_instance import Outer, Part, leading, masked, parts
 from gradbal.jacobian.products import gramian, no_autocast
-from gradbal.jacobian.walk import Use, Walk, walk
+from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
+from gradbal.jacobian.walk import Walk, walk
 
-__all__ = ["Instance", "Instances"]
+__all__ = ["FoundInstances", "Instance"]
 
 _REMEMBERED = 64
-"""Structures of graphs whose rows are remembered."""
+"""Structures of graphs that are remembered."""
 
 
-class _Path(NamedTuple):
-    """From a node with gradients of single instances down to a parameter: through which of its
-    inputs, and of the inputs of the nodes after it."""
+@dataclass(frozen=True)
+class FoundInstances:
+    """What the pass has found.
 
-    node: Node
-    steps: tuple[tuple[Node, int], ...]
-    parameter: int
+    gramian: `[B, B]`, float64; zero for instances that sit out. shared: the shared parameters.
+    extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
+    parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at; None where there
+    is no such row.
+    """
+
+    gramian: Tensor
+    shared: list[Tensor]
+    extremes: Tensor
+    doubt: Tensor | None
 
 
 @dataclass
 class _Known:
     """What was found out about graphs of one structure.
 
-    owners: of the rows of every node where gradients are looked at, by its place in the walk.
-    rows: the places of nodes below which gradients of parameters in no layer are taken.
-    n_steps: how often the structure was met.
+    owners: of the rows, by the node's place in the walk. silent: the places of nodes that no
+    gradient came to. n_steps: how often it was met.
     """
 
     owners: dict[int, Owners] = field(default_factory=dict)
+    silent: frozenset[int] = frozenset()
     n_steps: int = 0
 
 
-class Stale(Exception):
-    """The rows are not where they were."""
+@dataclass(frozen=True)
+class _Step:
+    """The losses of one step and their graph.
+
+    losses: `[B]`. factors: `[B]`, their cotangents. parameters: all that are trained. layers: those
+    with such parameters. strays: indices of the parameters in no layer. place: node → its place in
+    the walk.
+    """
+
+    losses: Tensor
+    factors: Tensor
+    parameters: Sequence[Tensor]
+    graph: Walk
+    layers: list[Layer]
+    strays: list[int]
+    place: dict[Node, int]
+
+    def visit(self, visitors: dict[Node, Callable[[Tensor], None]], factors: Tensor) -> None:
+        """One backward pass that hands the gradient at each node's output to its visitor.
+
+        It goes no further than it must, and a gradient is gone when its visitor returns, but for
+        those where it ends.
+        """
+        ahead: dict[Node, bool] = {}
+        ends = []
+        for node in reversed(self.graph.order):
+            below = any(ahead[source] for source, _ in node.next_functions if source is not None)
+            if node in visitors and not below:
+                ends.append(node)
+            ahead[node] = below or node in visitors
+        final = set(ends)
+
+        def visited(node: Node, gradients: tuple[Any, ...]) -> None:
+            if gradients[0] is not None:
+                visitors[node](gradients[0])
+
+        handles = [
+            node.register_prehook(partial(visited, node)) for node in visitors if node not in final
+        ]
+        edges: list[Any] = [GradientEdge(node, 0) for node in ends]
+        try:
+            found = torch.autograd.grad(
+                self.losses, edges, factors, retain_graph=True, allow_unused=True
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for node, gradient in zip(ends, found, strict=True):
+            if gradient is not None:
+                visitors[node](gradient)
+
+    def leaf(self, k: int) -> Node:
+        """The node of a parameter."""
+        return self.graph.leaves[k]
+
+
+class Instance:
+    """Finds the Gramian of B losses of single instances in one backward pass."""
+
+    name = "instance"
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def take(
+        self,
+        losses: Tensor,
+        factors: Tensor,
+        parameters: Sequence[Tensor],
+        shared_parameters: list[Tensor] | None,
+        sit_out: frozenset[int],
+        *,
+        look: bool = False,
+    ) -> FoundInstances:
+        """The Gramian of the gradients of `factors · losses`; the graph is kept.
+
+        Args:
+            losses: `[B]`, one for each instance.
+            factors: `[B]`, what each is multiplied by.
+            parameters: n leaf tensors that require grad.
+            shared_parameters: those whose gradients count, or None for all that are reached.
+            sit_out: instances whose row and column are left zero.
+            look: find out anew which rows are whose.
+
+        Raises:
+            ValueError: no parameter is reached, a sparse gradient, or instances that mix.
+        """
+        device = losses.device
+        step = _step(losses, _without(factors, sit_out), parameters)
+        reach = step.graph.reach(1, len(parameters))
+        chosen = shared_indices(parameters, reach, shared_parameters)
+        with torch.no_grad(), no_autocast(losses):
+            total = _Sum(len(losses), device, frozenset(chosen))
+            doubts: list[Tensor] | None = []
+            if len(losses) == 1:
+                _take_one(step, total)
+            else:
+                known = self._known_of(step, look)
+                doubts = _collect(step, known, total.add)
+                if doubts is None:
+                    total = _Sum(len(losses), device, frozenset(chosen))
+                    _look(step, known)
+                    doubts = _collect(step, known, total.add)
+        g, extremes = total.shared, total.others.diagonal()
+        if sit_out:
+            taken = _mask(len(losses), sit_out, device)
+            g = torch.where(taken & taken[:, None], g, 0.0)
+            extremes = torch.where(taken, extremes, 0.0)
+        doubt = torch.stack([d.to(device) for d in doubts]).any() if doubts else None
+        return FoundInstances(g, [parameters[k] for k in chosen], extremes, doubt)
+
+    def combine(
+        self,
+        losses: Tensor,
+        weights: Tensor,
+        parameters: Sequence[Tensor],
+        sit_out: frozenset[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and their gradients of `Σ w_b ℓ_b`, without what the instances that sit out
+        have computed, which may be NaN; the graph is kept.
+
+        Args:
+            losses: `[B]`.
+            weights: `[B]`.
+            parameters: n leaf tensors that require grad.
+            sit_out: instances that do not count.
+        """
+        step = _step(losses, _without(torch.ones_like(weights), sit_out), parameters)
+        taken = _mask(len(losses), sit_out, losses.device)
+        weights = torch.where(taken, weights, 0.0)
+        result: list[tuple[Tensor, Tensor]] = []
+
+        def add(found: dict[int, Part]) -> None:
+            for k, part in found.items():
+                p = parameters[k]
+                gradient = masked(part, taken).combine(weights.to(p.device))
+                result.append((p, gradient.to(p.dtype)))
+
+        with torch.no_grad(), no_autocast(losses):
+            _collect(step, self._known_of(step, False), add)
+        return result
+
+    def _known_of(self, step: _Step, look: bool) -> _Known:
+        """What is known of graphs like this one, found out anew where that is due."""
+        key = fingerprint(step.graph, step.place, step.losses, step.parameters)
+        known = self._known.pop(key, None) or _Known()
+        known.n_steps += 1
+        # Instances may meet where they did not before, as in a hinge that was at rest.
+        due = known.n_steps & (known.n_steps - 1) == 0
+        if look or due or sends_rows_about(step.graph):
+            _look(step, known)
+        self._known[key] = known
+        while len(self._known) > _REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return known
+
+
+class _Sum:
+    """The Gramian as it adds up, of the shared parameters and of the others."""
+
+    def __init__(self, n: int, device: torch.device, chosen: frozenset[int]) -> None:
+        self.shared = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self.others = torch.zeros_like(self.shared)
+        self._chosen = chosen
+
+    def add(self, found: dict[int, Part]) -> None:
+        """Adds the parts of one layer: a weight's, and a bias's that follows it."""
+        apart = {k in self._chosen for k in found}
+        first, *rest = found.values()
+        if isinstance(first, Outer) and rest and len(apart) == 1:
+            self.add_gramian(next(iter(found)), first.gramian(with_bias=True))
+            return
+        for k, part in found.items():
+            self.add_gramian(k, part.gramian())
+
+    def add_gramian(self, k: int, gram: Tensor) -> None:
+        """Adds that of parameter k."""
+        into = self.shared if k in self._chosen else self.others
+        into += gram.to(into.device)
+
+
+def _step(
+    losses: Tensor,
+    factors: Tensor,
+    parameters: Sequence[Tensor],
+) -> _Step:
+    graph = walk([losses], parameters)
+    layers = find_layers(graph, parameters)
+    inside = {k for layer in layers for k in owned(layer)}
+    strays = [k for k in sorted(graph.leaves) if k not in inside]
+    place = {node: i for i, node in enumerate(graph.order)}
+    return _Step(losses, factors.to(losses.dtype), parameters, graph, layers, strays, place)
+
+
+def _collect(
+    step: _Step, known: _Known, add: Callable[[dict[int, Part]], None]
+) -> list[Tensor] | None:
+    """Hands over what each layer has of its shared parameters, as soon as it is there.
+
+    Returns:
+        For each node with rows that never had a gradient whether one has now. None if rows are not
+        where they were; what was handed over is then void.
+    """
+    owners = {step.graph.order[place]: rows for place, rows in known.owners.items()}
+    layers: dict[Node, list[Layer]] = {}
+    for layer in step.layers:
+        layers.setdefault(layer.node, []).append(layer)
+    ways = {k: _ways(step, k, known) for k in step.strays}
+    starts = {path[0].node for each in ways.values() for path in each}
+    kept: dict[Node, Tensor] = {}
+    doubts: list[Tensor] = []
+    stale: list[Node] = []
+
+    def visit(node: Node, gradient: Tensor) -> None:
+        rows = owners.get(node)
+        if rows is None or gradient.shape[: len(rows.shape)] != rows.shape:
+            stale.append(node)
+            return
+        doubt = rows.doubt(gradient)
+        if doubt is not None:
+            doubts.append(doubt)
+        if node in starts:
+            kept[node] = gradient
+        for layer in layers.get(node, ()):
+            add(parts(layer, gradient, rows, step.parameters))
+
+    nodes = [*layers, *(node for node in starts if node not in layers)]
+    step.visit({node: partial(visit, node) for node in nodes}, step.factors)
+    if stale:
+        return None
+    for k, each in ways.items():
+        part = stray_part(each, kept, owners.__getitem__, step.parameters[k])
+        if part is not None:
+            add({k: part})
+    return doubts
+
+
+def _look(step: _Step, known: _Known) -> None:
+    """Finds out which rows are whose.
+
+    Raises:
+        ValueError: instances mix.
+    """
+    n = len(step.losses)
+    layers = {layer.node: layer for layer in step.layers}
+    above = {node for k in step.strays for node in candidates(step.graph, step.leaf(k))}
+    rows: dict[Node, int] = {}
+    base: dict[Node, Tensor] = {}
+
+    def first(node: Node, gradient: Tensor) -> None:
+        layer = layers.get(node)
+        rows[node] = max(1, gradient.dim() - 1) if layer is None else leading(layer, gradient)
+        base[node] = gradient
+
+    nodes = [*layers, *(node for node in above if node not in layers)]
+    step.visit({node: partial(first, node) for node in nodes}, step.factors)
+    narrow = any(gradient.dtype == torch.float16 for gradient in base.values())
+    codes = Codes.draw(n, step.factors, 4 if narrow else 16)
+    readings = {
+        node: Reading(_flat(gradient, rows[node]), codes) for node, gradient in base.items()
+    }
+
+    def again(node: Node, number: int, gradient: Tensor) -> None:
+        readings[node].add(number, _flat(gradient, rows[node]))
+
+    for number, factors in enumerate(codes.factors):
+        visitors = {node: partial(again, node, number) for node in readings}
+        step.visit(visitors, step.factors * factors)
+    found: dict[int, Owners] = {}
+    # The one nearest to the losses tells most about where instances mix.
+    for node in sorted(readings, key=step.place.__getitem__):
+        gradient, place = base[node], step.place[node]
+        ids = readings[node].owners()
+        owners = None
+        if ids is not None:
+            ids = ids.reshape(gradient.shape[: rows[node]])
+            before = known.owners.get(place)
+            earlier = ids if before is None or before.ids.shape != ids.shape else before.ids
+            owners = merged(ids, earlier, n, gradient.device)
+        if node in layers:
+            if owners is None:
+                raise ValueError(_mixing(step, node, owned(layers[node])[0]))
+            found[place] = owners
+        elif owners is not None and (owners.n_seen > 1 or not carries(node)):
+            # What only one instance has a gradient of may belong to others at the next step.
+            found[place] = owners
+    known.owners = found
+    known.silent = frozenset(step.place[node] for node in nodes if node not in base)
+
+
+def _flat(gradient: Tensor, rows: int) -> Tensor:
+    return gradient.reshape(gradient.shape[:rows].numel(), -1)
+
+
+def _ways(step: _Step, k: int, known: _Known) -> list[Path]:
+    def told(node: Node) -> bool:
+        return step.place[node] in known.owners or step.place[node] in known.silent
+
+    found = paths(step.graph, step.leaf(k), told)
+    if found is None:
+        raise ValueError(
+            'with jacobian="instance" parameters must meet the instances in a model, found one '
+            f"of shape {list(step.parameters[k].shape)} that is among the losses itself"
+        )
+    if not isinstance(found, list):
+        raise ValueError(_mixing(step, found, k))
+    return found
+
+
+def _mixing(step: _Step, node: Node, k: int) -> str:
+    shape = list(step.parameters[k].shape)
+    message = (
+        'instances must not mix with jacobian="instance", found a gradient of several at '
+        f"{node.name()}, where a parameter of shape {shape} is used"
+    )
+    if any(
+        "BatchNorm" in each.name() and getattr(each, "_saved_training", False)
+        for each in step.graph.order
+    ):
+        return f"{message}; BatchNorm in training mode mixes them: use GroupNorm, or eval()"
+    return f"{message}; each loss must come from its own instance alone"
+
+
+def _take_one(step: _Step, total: _Sum) -> None:
+    """A single instance has nothing to mix with."""
+    reached = sorted(step.graph.leaves)
+    chosen = [step.parameters[k] for k in reached]
+    grads = torch.autograd.grad(
+        step.losses, chosen, step.factors, retain_graph=True, allow_unused=True
+    )
+    check_dense(grads, chosen)
+    for k, g in zip(reached, grads, strict=True):
+        if g is not None:
+            total.add_gramian(k, gramian(g.reshape(1, -1)))
+
+
+def _without(factors: Tensor, sit_out: frozenset[int]) -> Tensor:
+    if not sit_out:
+        return factors
+    return torch.where(_mask(len(factors), sit_out, factors.device), factors, 0.0)
+
+
+def _mask(n: int, sit_out: frozenset[int], device: torch.device) -> Tensor:
+    """`[B]`, whether an instance takes part."""
+    return torch.tensor([b not in sit_out for b in range(n)], device=device)

@@ -8,7 +8,6 @@ parts whose factors differ by up to 2¹⁵, so that even a small part shows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Codes", "Owners", "arrange", "identify", "merged"]
+__all__ = ["Codes", "Owners", "Reading", "arrange", "merged"]
 
 Ids = NDArray[np.int64]
 
@@ -40,12 +39,8 @@ class Codes:
     levels: int
 
     @staticmethod
-    def draw(n: int, like: Tensor) -> Codes:
-        """Distinct codes for n instances; factors of the dtype and device of `like`.
-
-        Half precision without a wide exponent (float16) has few powers of two.
-        """
-        levels = 4 if like.dtype == torch.float16 else 16
+    def draw(n: int, like: Tensor, levels: int) -> Codes:
+        """Distinct codes for n instances; factors of the dtype and device of `like`."""
         passes = 1
         while levels**passes < n:
             passes += 1
@@ -58,43 +53,54 @@ class Codes:
         return Codes(owners, factors.to(like.device, like.dtype), levels)
 
 
-def identify(base: Tensor, coded: Sequence[Tensor], codes: Codes) -> Ids | None:
-    """The owner of each row; None if a row belongs to several instances.
+class Reading:
+    """What the passes tell of the rows of one tensor.
 
     Args:
         base: gradients `[R, F]` of the sum of the losses.
-        coded: for each pass, those of the losses multiplied by its factors.
-        codes: what they were multiplied by.
-
-    Returns:
-        `[R]`, `UNKNOWN` for rows that are zero, too small to tell, or not finite.
+        codes: what the losses of the next passes are multiplied by.
     """
-    base = base.float() if base.dtype in (torch.float16, torch.bfloat16) else base
-    size, where = base.abs().max(1, keepdim=True)
-    told = (size > faint(base, codes.levels)) & size.isfinite()
-    code = torch.zeros_like(size)
-    good = torch.ones_like(told)
-    for k, other in enumerate(coded):
-        other = other.to(base.dtype)
-        ratio = other.gather(1, where) / torch.where(told, base.gather(1, where), 1.0)
+
+    def __init__(self, base: Tensor, codes: Codes) -> None:
+        self._base = base = _wide(base)
+        self._codes = codes
+        self._size, self._where = base.abs().max(1, keepdim=True)
+        self._told = (self._size > faint(base)) & self._size.isfinite()
+        self._code = torch.zeros_like(self._size, dtype=torch.long)
+        self._good = torch.ones_like(self._told)
+
+    def add(self, number: int, other: Tensor) -> None:
+        """Takes in the gradients `[R, F]` of the pass of that number."""
+        base, told, half = self._base, self._told, self._codes.levels // 2
+        other = _wide(other)
+        ratio = other.gather(1, self._where) / torch.where(told, base.gather(1, self._where), 1.0)
         digit = ratio.log2().round()
         factor = digit.exp2()
         off = (other - factor * base).abs().amax(1, keepdim=True)
-        right = (off <= _TOLERANCE * factor * size) & (digit.abs() <= codes.levels // 2)
-        small = other.abs().amax(1, keepdim=True) <= faint(base, codes.levels) * 2.0**codes.levels
-        good &= torch.where(told, right, small | ~size.isfinite())
-        code += (digit + codes.levels // 2) * codes.levels**k
-    if not bool(good.all()):
-        return None
-    known = told.squeeze(1).cpu().numpy()
-    found = np.full(len(base), UNKNOWN)
-    found[known] = codes.owners[code.squeeze(1).cpu().numpy()[known].astype(np.int64)]
-    return None if (found[known] == UNKNOWN).any() else found
+        right = (off <= _TOLERANCE * factor * self._size) & (-half <= digit) & (digit < half)
+        small = other.abs().amax(1, keepdim=True) <= faint(base) * 2.0**half
+        self._good &= torch.where(told, right, small | ~self._size.isfinite())
+        place = self._codes.levels**number
+        self._code += torch.where(right, digit + half, 0.0).long() * place
+
+    def owners(self) -> Ids | None:
+        """`[R]`, the owner of each row, `UNKNOWN` where it is zero, too small to tell, or not
+        finite; None if a row belongs to several instances."""
+        if not bool(self._good.all()):
+            return None
+        known = self._told.flatten().cpu().numpy()
+        found: Ids = self._codes.owners[self._code.flatten().cpu().numpy()]
+        found = np.where(known, found, UNKNOWN)
+        return None if (found[known] == UNKNOWN).any() else found
 
 
-def faint(like: Tensor, levels: int) -> float:
-    """Up to this size a row's entries lose digits when they are multiplied by the factors."""
-    return torch.finfo(like.dtype).tiny * 2.0**levels
+def faint(like: Tensor) -> float:
+    """Up to this size a row's entries may lose digits when they are multiplied by the factors."""
+    return torch.finfo(like.dtype).tiny * 2.0**16
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,11 @@ class Owners:
     index: Tensor | None = None
     unsure: Tensor | None = None
 
+    @property
+    def n_seen(self) -> int:
+        """How many instances have a row of their own for sure."""
+        return len(np.unique(self.ids[self.ids != UNKNOWN]))
+
     def apart(self, tensor: Tensor) -> Tensor:
         """The rows of each instance, `[B, S, …]`, of a tensor with these leading dimensions."""
         rows = tensor.movedim(self.dim, 0)
@@ -128,11 +139,19 @@ class Owners:
         return rows.reshape(k, self.n, m, *rest).movedim(1, 0).reshape(self.n, k * m, *rest)
 
     def doubt(self, gradients: Tensor) -> Tensor | None:
-        """0-dim, positive where a row that never had a gradient has one now."""
+        """0-dim, whether a row that never had a gradient has one now; None if there is no such
+        row."""
         if self.unsure is None:
             return None
         rows = gradients.reshape(*self.shape, -1).abs().amax(-1)
-        return torch.where(self.unsure, rows, 0.0).amax().float()
+        return (self.unsure & (rows > faint(gradients))).any()
+
+    def of_rows(self, device: torch.device) -> Tensor:
+        """The owner of each row along the dimension, `[R]`."""
+        along = _along(self.ids, self.dim)
+        if self.blocks is not None:
+            along = np.arange(self.shape[self.dim]) // self.blocks[1] % self.n
+        return torch.as_tensor(along, device=device)
 
 
 def arrange(ids: Ids, n: int, device: torch.device) -> Owners | None:

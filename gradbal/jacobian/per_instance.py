@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm,
 from gradbal.jacobian.owners import Owners
 from gradbal.jacobian.products import gramian
 
-__all__ = ["Gathered", "Outer", "Part", "Table", "leading", "parts"]
+__all__ = ["Gathered", "Outer", "Part", "Table", "leading", "masked", "parts", "wide"]
 
 _PIECE = 1 << 21
 """Entries of weight gradients that are formed at a time: they are used while in the cache."""
@@ -137,6 +137,20 @@ class Table:
 Part = Gathered | Outer | Table
 
 
+def masked(part: Part, taken: Tensor) -> Part:
+    """The part with zeros for the instances that are not taken; `taken [B]`."""
+
+    def kept(tensor: Tensor) -> Tensor:
+        mask = taken.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1))
+        return torch.where(mask, tensor, 0.0)
+
+    if isinstance(part, Gathered):
+        return Gathered(kept(part.rows))
+    if isinstance(part, Outer):
+        return replace(part, inputs=kept(part.inputs), gradients=kept(part.gradients))
+    return replace(part, gradients=kept(part.gradients))
+
+
 def leading(layer: Layer, gradient: Tensor) -> int:
     """How many leading dimensions of δ are rows rather than features."""
     if isinstance(layer, Embedding):
@@ -159,14 +173,14 @@ def parts(
         owners: of its rows.
         parameters: that the layer's indices refer to.
     """
-    d = _wide(gradient)
+    d = wide(gradient)
     if isinstance(layer, Linear):
         return _linear(layer, d, owners, parameters)
     if isinstance(layer, Convolution):
         return _convolution(layer, d, owners)
     if isinstance(layer, Norm):
         found: dict[int, Part] = {
-            layer.weight: _sums(d * _wide(layer.normalized()), owners, layer.dims)
+            layer.weight: _sums(d * wide(layer.normalized()), owners, layer.dims)
         }
         if layer.bias is not None:
             found[layer.bias] = _sums(d, owners, layer.dims)
@@ -176,7 +190,7 @@ def parts(
     return {layer.bias: _sums(d, owners, (layer.dim % d.dim(),))}
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """Half precision as float32."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -193,7 +207,7 @@ def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
 def _linear(
     layer: Linear, d: Tensor, owners: Owners, parameters: Sequence[Tensor]
 ) -> dict[int, Part]:
-    inputs = _wide(layer.inputs).reshape(len(d), -1)
+    inputs = wide(layer.inputs).reshape(len(d), -1)
     position = 2 if layer.node.name() == "AddmmBackward0" else 1
     source = layer.node.next_functions[position][0]
     turned = source is not None and source.name() == "TBackward0"
@@ -210,7 +224,7 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
     found: dict[int, Part] = {}
     if layer.bias is not None:
         found[layer.bias] = _sums(d, owners, (1,))
-    x, kernel = _wide(layer.inputs), layer.kernel
+    x, kernel = wide(layer.inputs), layer.kernel
     flat = layer.groups == 1 and not layer.is_transposed and x.dim() in (3, 4)
     if flat and (kernel.numel() > _LARGE_KERNEL or kernel.shape[2:].numel() == 1):
         columns = _unfolded(layer, x)

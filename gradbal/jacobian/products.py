@@ -18,6 +18,7 @@ __all__ = [
     "combine",
     "cross_gramian",
     "gramian",
+    "no_autocast",
     "upload",
     "wants_exact",
 ]
@@ -61,7 +62,7 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
                 [6., 9.]], dtype=torch.float64)
     """
     jacobian = jacobian.detach()
-    with _no_autocast(jacobian):
+    with no_autocast(jacobian):
         if _in_float64(jacobian):
             wide = jacobian.double()
             return wide @ wide.mT
@@ -87,7 +88,7 @@ def cross_gramian(first: Tensor, second: Tensor) -> Tensor:
         >>> cross_gramian(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]))
         tensor([[5.]], dtype=torch.float64)
     """
-    with _no_autocast(first):
+    with no_autocast(first):
         pairs = zip(*(torch.split(j.detach(), CHUNK, 1) for j in (first, second)), strict=True)
         return _sum(a.double() @ b.double().mT for a, b in pairs)
 
@@ -155,7 +156,7 @@ def combine(weights: Tensor, jacobian: Tensor) -> Tensor:
         tensor([0.5000, 0.5000])
     """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
-    with _no_autocast(jacobian):
+    with no_autocast(jacobian):
         if _in_float64(jacobian):
             return (weights.double() @ jacobian.double()).to(jacobian.dtype)
         if jacobian.dtype == torch.float32:
@@ -196,7 +197,7 @@ def _sum(parts: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Autocast would take the products to half precision."""
     device = tensor.device.type
     if is_autocast_available(device) and torch.is_autocast_enabled(device):
