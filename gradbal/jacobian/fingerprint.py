@@ -63,9 +63,7 @@ def fingerprint(
         parts.append([(-1 if s is None else place[s], output) for s, output in node.next_functions])
         for argument in _ARGUMENTS.get(name, ()):
             parts.append(getattr(node, f"_saved_{argument}", None))
-        # Older versions do not know the shapes.
-        for output in getattr(node, "_input_metadata", ()):
-            parts.append(tuple(output.shape))
+        parts.append([tuple(output.shape) for output in getattr(node, "_input_metadata", ())])
     parts.append([(k, place[leaf], id(parameters[k])) for k, leaf in graph.leaves.items()])
     return hash(repr(parts))
 
@@ -73,9 +71,8 @@ def fingerprint(
 def sends_rows_about(graph: Walk) -> bool:
     """Whether rows may go elsewhere though the graph looks the same: indices, sorting, masks, and
     functions of which nothing is known."""
-    return any(
-        node.name().startswith(_BY_DATA)
-        or isinstance(node, torch.autograd.function.BackwardCFunction)
-        or node.name().startswith("Compiled")
-        for node in graph.order
-    )
+    return any(node.name().startswith(_BY_DATA) or _is_custom(node) for node in graph.order)
+
+
+def _is_custom(node: object) -> bool:
+    return isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -7,7 +7,7 @@ changed or sends rows about by the data, and now and then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
 from gradbal.jacobian.graph import check_dense, shared_indices
-from gradbal.jacobian.layers import Layer, Norm, find_layers, owned
+from gradbal.jacobian.layers import Layer, find_layers, owned
 from gradbal.jacobian.owners import Codes, Owners, Reading, merged
 from gradbal.jacobian.per_instance import Outer, Part, leading, masked, parts
 from gradbal.jacobian.products import gramian, no_autocast
@@ -37,8 +37,8 @@ class FoundInstances:
 
     gramian: `[B, B]`, float64; zero for instances that sit out. shared: the shared parameters.
     extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
-    parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at; None where there
-    is no such row.
+    parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at;
+    None where there is no such row.
     """
 
     gramian: Tensor
@@ -77,7 +77,7 @@ class _Step:
     strays: list[int]
     place: dict[Node, int]
 
-    def visit(self, visitors: dict[Node, Callable[[Tensor], None]], factors: Tensor) -> None:
+    def visit(self, visitors: Mapping[Node, Callable[[Tensor], None]], factors: Tensor) -> None:
         """One backward pass that hands the gradient at each node's output to its visitor.
 
         It goes no further than it must, and a gradient is gone when its visitor returns, but for
@@ -371,6 +371,11 @@ def _ways(step: _Step, k: int, known: _Known) -> list[Path]:
 
 def _mixing(step: _Step, node: Node, k: int) -> str:
     shape = list(step.parameters[k].shape)
+    if any(use.output != 0 for use in step.graph.uses[node]):
+        return (
+            f'with jacobian="instance" one output of {node.name()} may be used, where a parameter '
+            f'of shape {shape} is, found several; use jacobian="loop"'
+        )
     message = (
         'instances must not mix with jacobian="instance", found a gradient of several at '
         f"{node.name()}, where a parameter of shape {shape} is used"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm, Shift
 from gradbal.jacobian.owners import Owners
-from gradbal.jacobian.products import gramian
+from gradbal.jacobian.products import BLOCK, gramian
 
 __all__ = ["Gathered", "Outer", "Part", "Table", "leading", "masked", "parts", "wide"]
 
@@ -23,8 +23,11 @@ _PIECE = 1 << 21
 """Entries of weight gradients that are formed at a time: they are used while in the cache."""
 
 _LARGE_KERNEL = 40_000
-"""Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as many
-groups as there are images are then slow."""
+"""Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as
+many groups as there are images are then slow."""
+
+_MANY = 64
+"""Rows from which on all blocks of columns together are slower than one after the other."""
 
 _PAIRS = 1 << 22
 """Entries of a matrix of all pairs of rows that is formed at a time."""
@@ -38,7 +41,7 @@ class Gathered:
 
     def gramian(self) -> Tensor:
         """`[B, B]`, float64."""
-        return gramian(self.rows.flatten(1))
+        return _gramian(self.rows.reshape(len(self.rows), -1))
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b`, in the parameter's shape; `weights [B]`."""
@@ -67,18 +70,17 @@ class Outer:
         a, d = self.inputs, self.gradients
         n, length, width, height = len(a), a.shape[1], a.shape[2], d.shape[2]
         if length == 1:
-            pairs = gramian(d[:, 0])
-            found = gramian(a[:, 0]) * pairs
+            pairs = _gramian(d[:, 0])
+            found = _gramian(a[:, 0]) * pairs
             return found + pairs if with_bias else found
         rows = n * length
         if rows * rows * (width + height) < (rows + n * n) * width * height and rows**2 <= _PAIRS:
             pairs = gramian(a.flatten(0, 1)) * gramian(d.flatten(0, 1))
             total = pairs.view(n, length, n, length).sum((1, 3))
         else:
-            total = sum(
-                (gramian(piece) for piece in self._pieces()), torch.zeros((), device=a.device)
-            )
-        return total + gramian(d.sum(1)) if with_bias else total
+            first, *others = map(_gramian, self._pieces())
+            total = sum(others, first)
+        return total + _gramian(d.sum(1)) if with_bias else total
 
     def _pieces(self) -> Iterator[Tensor]:
         a, d = self.inputs, self.gradients
@@ -149,6 +151,26 @@ def masked(part: Part, taken: Tensor) -> Part:
     if isinstance(part, Outer):
         return replace(part, inputs=kept(part.inputs), gradients=kept(part.gradients))
     return replace(part, gradients=kept(part.gradients))
+
+
+def _gramian(rows: Tensor) -> Tensor:
+    """`JJᵀ [B, B]`, float64. Of many rows only half of it is formed, and one block of columns after
+    the other."""
+    n = len(rows)
+    if (
+        n < _MANY
+        or rows.dtype != torch.float32
+        or rows.device.type != "cpu"
+        or torch.get_float32_matmul_precision() != "highest"
+    ):
+        return gramian(rows)
+    half = n // 2
+    found = torch.zeros(n, n, dtype=torch.float64)
+    for block in torch.split(rows, 2 * BLOCK, 1):
+        found[:half] += block[:half] @ block.mT
+        found[half:, half:] += block[half:] @ block[half:].mT
+    found[half:, :half] = found[:half, half:].mT
+    return found
 
 
 def leading(layer: Layer, gradient: Tensor) -> int:
@@ -240,7 +262,7 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
 def _unfolded(layer: Convolution, x: Tensor) -> Tensor:
     """The inputs of each output position, `[N, C·|kernel|, L]`."""
     options = [layer.dilation, layer.padding, layer.stride]
-    size: Sequence[int] = layer.kernel.shape[2:]
+    size = tuple(layer.kernel.shape[2:])
     if all(k == 1 for k in size) and set(layer.stride) == {1} and not any(layer.padding):
         return x.flatten(2)
     if x.dim() == 3:

@@ -205,7 +205,7 @@ def _rows(
 
 def _shape(step: Step) -> torch.Size:
     """That of the output of a node."""
-    shape: torch.Size = step.node._input_metadata[step.output].shape  # type: ignore[attr-defined]
+    shape: torch.Size = step.node._input_metadata[step.output].shape
     return shape
 
 
