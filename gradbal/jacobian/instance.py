@@ -100,6 +100,8 @@ class _Step:
             node.register_prehook(partial(visited, node)) for node in visitors if node not in final
         ]
         edges: list[Any] = [GradientEdge(node, 0) for node in ends]
+        if not edges:
+            return
         try:
             found = torch.autograd.grad(
                 self.losses, edges, factors, retain_graph=True, allow_unused=True
@@ -306,12 +308,9 @@ def _look(step: _Step, known: _Known) -> None:
     n = len(step.losses)
     layers = {layer.node: layer for layer in step.layers}
     above = {node for k in step.strays for node in candidates(step.graph, step.leaf(k))}
-    rows: dict[Node, int] = {}
     base: dict[Node, Tensor] = {}
 
     def first(node: Node, gradient: Tensor) -> None:
-        layer = layers.get(node)
-        rows[node] = max(1, gradient.dim() - 1) if layer is None else leading(layer, gradient)
         base[node] = gradient
 
     nodes = [*layers, *(node for node in above if node not in layers)]
@@ -319,11 +318,13 @@ def _look(step: _Step, known: _Known) -> None:
     narrow = any(gradient.dtype == torch.float16 for gradient in base.values())
     codes = Codes.draw(n, step.factors, 4 if narrow else 16)
     readings = {
-        node: Reading(_flat(gradient, rows[node]), codes) for node, gradient in base.items()
+        node: [Reading(g, rows, codes) for rows in _leading(layers.get(node), g)]
+        for node, g in base.items()
     }
 
     def again(node: Node, number: int, gradient: Tensor) -> None:
-        readings[node].add(number, _flat(gradient, rows[node]))
+        for reading in readings[node]:
+            reading.add(number, gradient)
 
     for number, factors in enumerate(codes.factors):
         visitors = {node: partial(again, node, number) for node in readings}
@@ -331,14 +332,12 @@ def _look(step: _Step, known: _Known) -> None:
     found: dict[int, Owners] = {}
     # The one nearest to the losses tells most about where instances mix.
     for node in sorted(readings, key=step.place.__getitem__):
-        gradient, place = base[node], step.place[node]
-        ids = readings[node].owners()
-        owners = None
-        if ids is not None:
-            ids = ids.reshape(gradient.shape[: rows[node]])
-            before = known.owners.get(place)
-            earlier = ids if before is None or before.ids.shape != ids.shape else before.ids
-            owners = merged(ids, earlier, n, gradient.device)
+        place = step.place[node]
+        before = known.owners.get(place)
+        each = (reading.owners() for reading in readings[node])
+        told = (merged(ids, before, n, base[node].device) for ids in each if ids is not None)
+        # A row with NaN tells nothing; its single entries may.
+        owners = max((found for found in told if found is not None), key=_seen, default=None)
         if node in layers:
             if owners is None:
                 raise ValueError(_mixing(step, node, owned(layers[node])[0]))
@@ -350,8 +349,16 @@ def _look(step: _Step, known: _Known) -> None:
     known.silent = frozenset(step.place[node] for node in nodes if node not in base)
 
 
-def _flat(gradient: Tensor, rows: int) -> Tensor:
-    return gradient.reshape(gradient.shape[:rows].numel(), -1)
+def _seen(owners: Owners) -> bool:
+    return owners.n_seen > 1
+
+
+def _leading(layer: Layer | None, gradient: Tensor) -> list[int]:
+    """How many dimensions of rows to try: of nodes that are not known it may be all."""
+    if layer is not None:
+        return [leading(layer, gradient)]
+    n = gradient.dim()
+    return [n - 1, n] if n > 1 else [1]
 
 
 def _ways(step: _Step, k: int, known: _Known) -> list[Path]:

@@ -57,12 +57,14 @@ class Reading:
     """What the passes tell of the rows of one tensor.
 
     Args:
-        base: gradients `[R, F]` of the sum of the losses.
+        base: gradients of the sum of the losses.
+        rows: how many of their leading dimensions are of rows.
         codes: what the losses of the next passes are multiplied by.
     """
 
-    def __init__(self, base: Tensor, codes: Codes) -> None:
-        self._base = base = _wide(base)
+    def __init__(self, base: Tensor, rows: int, codes: Codes) -> None:
+        self._shape = base.shape[:rows]
+        self._base = base = self._flat(base)
         self._codes = codes
         self._size, self._where = base.abs().max(1, keepdim=True)
         self._told = (self._size > faint(base)) & self._size.isfinite()
@@ -70,9 +72,9 @@ class Reading:
         self._good = torch.ones_like(self._told)
 
     def add(self, number: int, other: Tensor) -> None:
-        """Takes in the gradients `[R, F]` of the pass of that number."""
+        """Takes in the gradients of the pass of that number."""
         base, told, half = self._base, self._told, self._codes.levels // 2
-        other = _wide(other)
+        other = self._flat(other)
         ratio = other.gather(1, self._where) / torch.where(told, base.gather(1, self._where), 1.0)
         digit = ratio.log2().round()
         factor = digit.exp2()
@@ -84,14 +86,17 @@ class Reading:
         self._code += torch.where(right, digit + half, 0.0).long() * place
 
     def owners(self) -> Ids | None:
-        """`[R]`, the owner of each row, `UNKNOWN` where it is zero, too small to tell, or not
+        """The owner of each row, `UNKNOWN` where it is zero, too small to tell, or not
         finite; None if a row belongs to several instances."""
         if not bool(self._good.all()):
             return None
         known = self._told.flatten().cpu().numpy()
         found: Ids = self._codes.owners[self._code.flatten().cpu().numpy()]
         found = np.where(known, found, UNKNOWN)
-        return None if (found[known] == UNKNOWN).any() else found
+        return None if (found[known] == UNKNOWN).any() else found.reshape(self._shape)
+
+    def _flat(self, gradient: Tensor) -> Tensor:
+        return _wide(gradient).reshape(self._shape.numel(), -1)
 
 
 def faint(like: Tensor) -> float:
@@ -110,7 +115,8 @@ class Owners:
     n: B. dim: the dimension of the rows. shape: of all leading dimensions. ids: `[*shape]`, owners
     as far as known. blocks: (k, m), where row `(i·B + b)·m + j` is instance b's, i < k, j < m.
     index: `[B, S]`, the rows of each instance where they are in no such order, filled up with the
-    number of rows. unsure: `[*shape]`, rows that never had a gradient when looked at, or None.
+    number of rows. loose: rows that are in no instance's, if there are any. unsure:
+    `[*shape]`, rows that never had a gradient when looked at, or None.
     """
 
     n: int
@@ -119,6 +125,7 @@ class Owners:
     ids: Ids
     blocks: tuple[int, int] | None = None
     index: Tensor | None = None
+    loose: Tensor | None = None
     unsure: Tensor | None = None
 
     @property
@@ -131,7 +138,11 @@ class Owners:
         rows = tensor.movedim(self.dim, 0)
         rest = rows.shape[1:]
         if self.index is not None:
-            return torch.cat([rows, rows.new_zeros(1, *rest)])[self.index]
+            # NaN of nobody in particular is everyone's.
+            zero = rows.new_zeros(1, *rest)
+            if self.loose is not None:
+                zero = zero * rows[self.loose].sum(0, keepdim=True)
+            return torch.cat([rows, zero])[self.index]
         assert self.blocks is not None
         k, m = self.blocks
         if k == 1:
@@ -144,7 +155,7 @@ class Owners:
         if self.unsure is None:
             return None
         rows = gradients.reshape(*self.shape, -1).abs().amax(-1)
-        return (self.unsure & (rows > faint(gradients))).any()
+        return (self.unsure & ~(rows <= faint(gradients))).any()
 
     def of_rows(self, device: torch.device) -> Tensor:
         """The owner of each row along the dimension, `[R]`."""
@@ -184,17 +195,21 @@ def arrange(ids: Ids, n: int, device: torch.device) -> Owners | None:
         along = _along(ids, dim)
         if along is not None:
             owners = _owners(ids, n, dim, ids == UNKNOWN, device, None)
-            return replace(owners, index=_index(along, n, device))
+            unknown = np.flatnonzero(along == UNKNOWN)
+            loose = torch.as_tensor(unknown, device=device) if len(unknown) else None
+            return replace(owners, index=_index(along, n, device), loose=loose)
     return None
 
 
-def merged(new: Ids, old: Ids, n: int, device: torch.device) -> Owners | None:
+def merged(new: Ids, before: Owners | None, n: int, device: torch.device) -> Owners | None:
     """As `arrange`, with what an earlier look told of rows that have no gradient now."""
-    both = np.where(new == UNKNOWN, old, new)
-    if (both != new).any() and not ((old != new) & (old != UNKNOWN) & (new != UNKNOWN)).any():
-        found = arrange(both, n, device)
-        if found is not None:
-            return found
+    if before is not None and before.ids.shape == new.shape:
+        old = before.ids
+        both = np.where(new == UNKNOWN, old, new)
+        if not ((old != both) & (old != UNKNOWN)).any():
+            found = arrange(both, n, device)
+            if found is not None:
+                return found
     return arrange(new, n, device)
 
 
@@ -207,7 +222,7 @@ def _owners(
     blocks: tuple[int, int] | None,
 ) -> Owners:
     mask = torch.tensor(unsure, device=device) if unsure.any() else None
-    return Owners(n, dim, ids.shape, ids, blocks, None, mask)
+    return Owners(n, dim, ids.shape, ids, blocks, unsure=mask)
 
 
 def _along(ids: Ids, dim: int) -> Ids | None:
@@ -233,9 +248,10 @@ def _orders(along: Ids, n: int) -> list[tuple[int, int]]:
 
 
 def _index(along: Ids, n: int, device: torch.device) -> Tensor:
-    """`[B, S]`: the rows of each instance, filled up with the number of rows."""
+    """`[B, S]`: the rows of each instance, filled up with the number of rows; by one at least where
+    there are rows of nobody."""
     counts = np.bincount(along[along != UNKNOWN], minlength=n)
-    index = np.full((n, max(1, int(counts.max()))), len(along))
+    index = np.full((n, int(counts.max()) + int((along == UNKNOWN).any())), len(along))
     taken = np.zeros(n, dtype=np.int64)
     for row, owner in enumerate(along.tolist()):
         if owner != UNKNOWN:

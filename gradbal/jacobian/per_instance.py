@@ -26,6 +26,9 @@ _LARGE_KERNEL = 40_000
 """Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as
 many groups as there are images are then slow."""
 
+_SMALL_IMAGE = 24_000
+"""Entries of an image's unfolded inputs up to which they are quicker."""
+
 _MANY = 64
 """Rows from which on all blocks of columns together are slower than one after the other."""
 
@@ -45,7 +48,8 @@ class Gathered:
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b`, in the parameter's shape; `weights [B]`."""
-        return torch.tensordot(weights.to(self.rows.dtype), self.rows, 1)
+        weights = weights.to(self.rows.dtype).view(-1, *(1,) * (self.rows.dim() - 1))
+        return (weights * self.rows).sum(0)
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,8 @@ def wide(tensor: Tensor) -> Tensor:
 
 def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
     """The sums over all of an instance's rows, and all dimensions but `dims`."""
+    if dims == (1,) and tensor.dim() > 2:
+        tensor = tensor.flatten(2).sum(2)
     kept = [tensor.shape[k] for k in dims]
     rows = tensor.movedim(dims, tuple(range(-len(dims), 0)))
     # The rows' own dimension is before those, so it is still where it was.
@@ -247,8 +253,10 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
     if layer.bias is not None:
         found[layer.bias] = _sums(d, owners, (1,))
     x, kernel = wide(layer.inputs), layer.kernel
-    flat = layer.groups == 1 and not layer.is_transposed and x.dim() in (3, 4)
-    if flat and (kernel.numel() > _LARGE_KERNEL or kernel.shape[2:].numel() == 1):
+    positions, size = d.shape[2:].numel(), kernel.shape[2:].numel()
+    unfolds = size == 1 or kernel.numel() > _LARGE_KERNEL
+    unfolds = unfolds or positions * size * kernel.shape[1] <= _SMALL_IMAGE
+    if unfolds and layer.groups == 1 and not layer.is_transposed:
         columns = _unfolded(layer, x)
         n = owners.n
         a = owners.apart(columns).movedim(-1, -2).reshape(n, -1, columns.shape[1])
@@ -261,14 +269,16 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
 
 def _unfolded(layer: Convolution, x: Tensor) -> Tensor:
     """The inputs of each output position, `[N, C·|kernel|, L]`."""
-    options = [layer.dilation, layer.padding, layer.stride]
-    size = tuple(layer.kernel.shape[2:])
-    if all(k == 1 for k in size) and set(layer.stride) == {1} and not any(layer.padding):
-        return x.flatten(2)
-    if x.dim() == 3:
-        x, size = x[:, :, None], (1, *size)
-        options = [(o, *given) for o, given in zip((1, 0, 1), options, strict=True)]
-    return torch.nn.functional.unfold(x, size, *options)
+    size = layer.kernel.shape[2:]
+    if any(layer.padding):
+        x = torch.nn.functional.pad(x, [p for p in reversed(layer.padding) for _ in range(2)])
+    n_dims = len(size)
+    for k in range(n_dims):
+        span = (size[k] - 1) * layer.dilation[k] + 1
+        x = x.unfold(2 + k, span, layer.stride[k])[..., :: layer.dilation[k]]
+    positions = x.shape[2 : 2 + n_dims].numel()
+    order = [0, 1, *range(2 + n_dims, 2 + 2 * n_dims), *range(2, 2 + n_dims)]
+    return x.permute(order).reshape(len(x), -1, positions)
 
 
 def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
@@ -276,7 +286,7 @@ def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
     groups are the images."""
     n, kernel = len(x), layer.kernel.to(x.dtype)
     grouped = kernel.expand(n, *kernel.shape).flatten(0, 1)
-    _, found, _ = torch.ops.aten.convolution_backward(
+    found: Tensor = torch.ops.aten.convolution_backward(
         d.reshape(1, -1, *d.shape[2:]),
         x.reshape(1, -1, *x.shape[2:]),
         grouped,
@@ -288,7 +298,7 @@ def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
         layer.output_padding,
         n * layer.groups,
         [False, True, False],
-    )
+    )[1]
     return found.view(n, *kernel.shape)
 
 
