@@ -143,10 +143,10 @@ def read_instances(losses: object, names: Names | None) -> Losses:
             'with jacobian="instance" losses must be 1-D, one entry for each instance, found shape '
             f"{list(losses.shape)}; take the mean over all dimensions but that of the instances"
         )
-    return _read_vector(losses, names)
+    return _read_vector(losses, names, taken_apart=False)
 
 
-def _read_vector(losses: Tensor, names: Names | None) -> Losses:
+def _read_vector(losses: Tensor, names: Names | None, taken_apart: bool = True) -> Losses:
     if losses.dim() != 1:
         raise ValueError(
             f"losses as a tensor must be 1-D, one entry a task, found shape {list(losses.shape)}"
@@ -159,7 +159,7 @@ def _read_vector(losses: Tensor, names: Names | None) -> Losses:
     for i, edge in enumerate(_stacked_edges(losses, keep_missing=True) or ()):
         if edge is None:
             raise ValueError(f"the loss of task {i!r} must have a graph, found one without")
-        if not _EDGES_ARE_ROOTS:
+        if taken_apart and not _EDGES_ARE_ROOTS:
             # Passes through the stack would reach every task's head, with zeros.
             raise ValueError(
                 "losses made by torch.stack need torch 2.5 or later, found "

@@ -8,7 +8,8 @@ parts whose factors differ by up to 2¹⁵, so that even a small part shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,16 +114,18 @@ class Owners:
     """How the rows along one dimension of a tensor belong to B instances.
 
     n: B. dim: the dimension of the rows. shape: of all leading dimensions. ids: `[*shape]`, owners
-    as far as known. blocks: (k, m), where row `(i·B + b)·m + j` is instance b's, i < k, j < m.
-    index: `[B, S]`, the rows of each instance where they are in no such order, filled up with the
-    number of rows. loose: rows that are in no instance's, if there are any. unsure:
-    `[*shape]`, rows that never had a gradient when looked at, or None.
+    as far as known. whose: `[R]`, the owner of each row along the dimension. blocks: (k, m), where
+    row `(i·B + b)·m + j` is instance b's, i < k, j < m. index: `[B, S]`, the rows of each instance
+    where they are in no such order, filled up with the number of rows. loose: rows that are in no
+    instance's, if there are any. unsure: `[*shape]`, rows that never had a gradient when looked at,
+    or None.
     """
 
     n: int
     dim: int
     shape: tuple[int, ...]
     ids: Ids
+    whose: Tensor
     blocks: tuple[int, int] | None = None
     index: Tensor | None = None
     loose: Tensor | None = None
@@ -157,13 +160,6 @@ class Owners:
         rows = gradients.reshape(*self.shape, -1).abs().amax(-1)
         return (self.unsure & ~(rows <= faint(gradients))).any()
 
-    def of_rows(self, device: torch.device) -> Tensor:
-        """The owner of each row along the dimension, `[R]`."""
-        along = _along(self.ids, self.dim)
-        if self.blocks is not None:
-            along = np.arange(self.shape[self.dim]) // self.blocks[1] % self.n
-        return torch.as_tensor(along, device=device)
-
 
 def arrange(ids: Ids, n: int, device: torch.device) -> Owners | None:
     """Finds the dimension along which rows change hands, and their order.
@@ -176,29 +172,42 @@ def arrange(ids: Ids, n: int, device: torch.device) -> Owners | None:
     Returns:
         None if there is no such dimension.
     """
-    choices = []
-    for dim in range(ids.ndim):
-        along = _along(ids, dim)
-        if along is not None:
-            choices += [(dim, along, blocks) for blocks in _orders(along, n)]
-    if len(choices) == 1:
-        dim, along, blocks = choices[0]
-        # All other rows at an index go with those that are known there.
-        seen = np.expand_dims(along != UNKNOWN, [d for d in range(ids.ndim) if d != dim])
-        unsure = np.broadcast_to(~seen, ids.shape)
-        return _owners(ids, n, dim, unsure, device, blocks)
+    dims = [(dim, along) for dim in range(ids.ndim) if (along := _along(ids, dim)) is not None]
+    choices = [(dim, *order) for dim, along in dims for order in _orders(along, n)]
     if choices:
-        # They differ in rows that have no gradient so far.
-        dim, along, blocks = choices[0]
-        return _owners(ids, n, dim, ids == UNKNOWN, device, blocks)
-    for dim in range(ids.ndim):
-        along = _along(ids, dim)
-        if along is not None:
-            owners = _owners(ids, n, dim, ids == UNKNOWN, device, None)
-            unknown = np.flatnonzero(along == UNKNOWN)
-            loose = torch.as_tensor(unknown, device=device) if len(unknown) else None
-            return replace(owners, index=_index(along, n, device), loose=loose)
+        # Several differ in rows that have no gradient so far.
+        dim, k, m = choices[0]
+        unsure = ids == UNKNOWN
+        if len(choices) == 1:
+            # All other rows at an index go with those that are known there.
+            others = tuple(d for d in range(ids.ndim) if d != dim)
+            unsure = np.broadcast_to(unsure.all(others, keepdims=True), ids.shape)
+        whose = np.arange(ids.shape[dim]) // m % n
+        return Owners(
+            n, dim, ids.shape, ids, _on(whose, device), (k, m), unsure=_any(unsure, device)
+        )
+    for dim, along in dims:
+        return Owners(
+            n,
+            dim,
+            ids.shape,
+            ids,
+            _on(along, device),
+            index=_on(_index(along, n), device),
+            loose=_any(np.flatnonzero(along == UNKNOWN), device),
+            unsure=_any(ids == UNKNOWN, device),
+        )
     return None
+
+
+def _on(values: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)
+
+
+def _any(values: NDArray[Any], device: torch.device) -> Tensor | None:
+    """The values, or None where there is no index or no truth among them."""
+    none = len(values) == 0 if values.dtype != np.bool_ else not values.any()
+    return None if none else _on(values, device)
 
 
 def merged(new: Ids, before: Owners | None, n: int, device: torch.device) -> Owners | None:
@@ -211,18 +220,6 @@ def merged(new: Ids, before: Owners | None, n: int, device: torch.device) -> Own
             if found is not None:
                 return found
     return arrange(new, n, device)
-
-
-def _owners(
-    ids: Ids,
-    n: int,
-    dim: int,
-    unsure: NDArray[np.bool_],
-    device: torch.device,
-    blocks: tuple[int, int] | None,
-) -> Owners:
-    mask = torch.tensor(unsure, device=device) if unsure.any() else None
-    return Owners(n, dim, ids.shape, ids, blocks, unsure=mask)
 
 
 def _along(ids: Ids, dim: int) -> Ids | None:
@@ -247,7 +244,7 @@ def _orders(along: Ids, n: int) -> list[tuple[int, int]]:
     return found
 
 
-def _index(along: Ids, n: int, device: torch.device) -> Tensor:
+def _index(along: Ids, n: int) -> Ids:
     """`[B, S]`: the rows of each instance, filled up with the number of rows; by one at least where
     there are rows of nobody."""
     counts = np.bincount(along[along != UNKNOWN], minlength=n)
@@ -257,4 +254,4 @@ def _index(along: Ids, n: int, device: torch.device) -> Tensor:
         if owner != UNKNOWN:
             index[owner, taken[owner]] = row
             taken[owner] += 1
-    return torch.as_tensor(index, device=device)
+    return index

@@ -179,34 +179,47 @@ def _rows(
 ) -> Iterator[Tensor]:
     """The gradient of one instance after the other."""
     start = ways[0][0].node
+    shapes = {way: _shapes(way, parameter.shape) for way in ways}
     whose = {}
     for way in ways:
         node = way[0].node
         known, gradient = owners(node), gradients[node]
         shape = [1] * gradient.dim()
         shape[known.dim] = -1
-        whose[node] = known.of_rows(gradient.device).view(shape)
+        whose[node] = known.whose.view(shape)
     for b in range(owners(start).n):
         total: Tensor | None = None
         for way in ways:
             node = way[0].node
             found: Tensor | None = torch.where(whose[node] == b, gradients[node], 0.0)
-            for step, after in zip(way, (*way[1:], None), strict=True):
+            for step, wanted in zip(way, shapes[way], strict=True):
                 if found is not None:
                     found = _called(step, found)
                 if found is not None:
                     check_dense([found], [parameter])
                     # What was broadcast is summed by those who call a node.
-                    found = found.sum_to_size(parameter.shape if after is None else _shape(after))
+                    found = found.sum_to_size(wanted)
             if found is not None:
                 total = found if total is None else total + found
         yield torch.zeros_like(parameter) if total is None else total
 
 
-def _shape(step: Step) -> torch.Size:
-    """That of the output of a node."""
-    shape: torch.Size = step.node._input_metadata[step.output].shape
-    return shape
+def _shapes(way: Path, shape: torch.Size) -> list[torch.Size]:
+    """Of what each step on the way arrives at; the last is the parameter's."""
+    found = [shape]
+    for step in reversed(way[1:]):
+        name, outputs = step.node.name(), getattr(step.node, "_input_metadata", None)
+        if outputs is not None:
+            shape = outputs[step.output].shape
+        elif name in _TURNS:
+            shape = torch.Size(reversed(shape)) if _TURNS[name] else shape
+        else:
+            raise ValueError(
+                f'with jacobian="instance" a parameter that goes through {name} needs torch 2.5 or '
+                f'later, found {torch.__version__}; use jacobian="loop"'
+            )
+        found.append(shape)
+    return found[::-1]
 
 
 def _called(step: Step, gradient: Tensor) -> Tensor | None:
@@ -214,6 +227,13 @@ def _called(step: Step, gradient: Tensor) -> Tensor | None:
     n_outputs = len(getattr(step.node, "_input_metadata", ())) or step.output + 1
     arguments: list[Tensor | None] = [None] * n_outputs
     arguments[step.output] = gradient
-    found = step.node(*arguments)  # type: ignore[operator]
+    try:
+        found = step.node(*arguments)  # type: ignore[operator]
+    except TypeError as error:
+        # A custom function, or one with several outputs, whose number torch 2.4 does not tell.
+        raise ValueError(
+            f'with jacobian="instance" no parameter may go into {step.node.name()} itself, which '
+            'cannot be called alone; use jacobian="loop"'
+        ) from error
     result: Tensor | None = found[step.position] if isinstance(found, tuple) else found
     return result
