@@ -22,6 +22,7 @@ from gradbal.aggregators.base import (
 )
 from gradbal.jacobian import (
     Engine,
+    FoundInstances,
     GramianEngine,
     Instance,
     Rows,
@@ -29,6 +30,7 @@ from gradbal.jacobian import (
     combine,
     cross_gramian,
     gramian,
+    hooks_held_back,
     reached_parameters,
     shared_indices,
     upload,
@@ -554,18 +556,22 @@ class Balancer:
             infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
             torch.autograd.backward(taken.shared, infinite)
 
-        return self._weighted_step(
-            call, factors, values, self._examine(g, host, overflow, pending, scale)
-        )
+        examined = self._examine(g, host, overflow, pending, scale)
+        return self._weighted_step(call, factors, values, examined, taken)
 
     def _weighted_step(
-        self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool
+        self,
+        call: BackwardCall,
+        factors: Tensor,
+        values: Tensor,
+        found: _Examined | bool,
+        taken: FoundInstances | None = None,
     ) -> bool:
         """Weights of a Gramian, and the pass that delivers them."""
         if isinstance(found, bool):
             return found
         weights = self._weights(found.host, found.present)
-        self._weighted_pass(replace(call, absent=found.absent), factors, weights)
+        self._weighted_pass(replace(call, absent=found.absent), factors, weights, taken)
         self._train_own_weights(values, found.present, call.scale)
         self._finish(*weights, found.gramian, found.absent)
         return True
@@ -635,7 +641,11 @@ class Balancer:
         return True
 
     def _weighted_pass(
-        self, call: BackwardCall, factors: Tensor, weights: tuple[Tensor, Tensor]
+        self,
+        call: BackwardCall,
+        factors: Tensor,
+        weights: tuple[Tensor, Tensor],
+        taken: FoundInstances | None = None,
     ) -> None:
         """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
         batch, parameters, retain_graph = call.batch, call.parameters, call.retain_graph
@@ -645,26 +655,49 @@ class Balancer:
         w, head_weights = (_only(upload(v, device).to(dtype), present) for v in weights)
         if self.heads == "own":
             head_weights = _only(torch.ones_like(factors), present)
+        if isinstance(self.engine, Instance):
+            self._deliver_instances(self.engine, call, factors, w, head_weights, taken)
+            return
         if self.heads == "weighted" and weights[0] is weights[1]:
-            self._deliver_sum(call, w * factors, parameters, retain_graph)
+            batch.backward(w * factors, parameters, retain_graph, call.absent)
             return
         trunk, rest = self._apart(batch, factors, parameters)
         if rest:
-            self._deliver_sum(call, head_weights * factors, rest, True)
-        self._deliver_sum(call, w * factors, trunk, retain_graph)
+            batch.backward(head_weights * factors, rest, True, call.absent)
+        batch.backward(w * factors, trunk, retain_graph, call.absent)
 
-    def _deliver_sum(
-        self, call: BackwardCall, weights: Tensor, inputs: list[Tensor], retain_graph: bool
+    def _deliver_instances(
+        self,
+        engine: Instance,
+        call: BackwardCall,
+        factors: Tensor,
+        w: Tensor,
+        head_weights: Tensor,
+        taken: FoundInstances | None,
     ) -> None:
-        """`Σ w_i ℓ_i` into the `.grad` of `inputs`."""
-        if not (call.absent and isinstance(self.engine, Instance)):
-            call.batch.backward(weights, inputs, retain_graph, call.absent)
-            return
-        # In a pass of all instances NaN from one of them would reach every weight.
-        assert isinstance(call.batch.tensors, Tensor)
-        found = self.engine.combine(call.batch.tensors, weights, inputs, call.absent)
-        with_gradient, gradients = zip(*found, strict=True)
-        torch.autograd.backward(with_gradient, gradients)
+        """`Σ w_b ℓ_b` into `.grad`, once it is known to agree with the Gramian."""
+        losses = call.batch.tensors
+        assert isinstance(losses, Tensor)
+        trunk, rest = self._apart(call.batch, factors, call.parameters)
+        chosen, found = {id(p) for p in trunk}, []
+        for weights, inputs in ((head_weights, rest), (w, trunk)):
+            if inputs and call.absent:
+                # In a pass of all instances NaN from one of them would reach every weight.
+                found += engine.combine(losses, weights * factors, inputs, call.absent)
+            elif inputs:
+                with hooks_held_back(inputs):
+                    grads = torch.autograd.grad(
+                        losses,
+                        inputs,
+                        (weights * factors).to(losses.dtype),
+                        retain_graph=call.retain_graph or inputs is rest,
+                        allow_unused=True,
+                    )
+                pairs = zip(inputs, grads, strict=True)
+                found += [(p, g) for p, g in pairs if g is not None]
+        if taken is not None:
+            engine.check(taken, w, [g for p, g in found if id(p) in chosen])
+        torch.autograd.backward([p for p, _ in found], [g for _, g in found])
 
     def _single_weights(
         self, values: Tensor, present: list[int], refreshes: bool

@@ -63,11 +63,11 @@ class MultiTaskOptimizer(Optimizer):
             by layer, and one of the weighted losses follows. Instances must not mix on the way from
             a parameter to a loss; at the first step, whenever the graph is another one, and at
             steps 2, 4, 8, ... with the same one, further passes find out, and which rows of a
-            layer are whose. Where rows go by the data (indices, sorting, masks, custom functions)
-            that is every step. Parameters in linear, convolutional, normalising and embedding
-            layers cost no pass; what others (a position table, an RNN in one node) act through is
-            gone through backwards once for each instance. T may change from step to step for
-            methods that have no state for each task.
+            layer are whose. Where rows go by the data (indices, sorting, extremes, masks, custom
+            functions) that is every step. Parameters in linear, convolutional, normalising and
+            embedding layers cost no pass; what others (a position table, an RNN in one node) act
+            through is gone through backwards once for each instance. T may change from step to
+            step for methods that have no state for each task.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
@@ -246,7 +246,8 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor (one made by
                 `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
-                step, except with `jacobian="instance"`, which takes a 1-D tensor alone. A 1-D tensor made in any other way cannot be taken apart: every loss then
+                step, except with `jacobian="instance"`, which takes a 1-D tensor alone. A 1-D
+                tensor made in any other way cannot be taken apart elsewhere: every loss then
                 reaches all that it was made from.
             features: z, the representation that the heads start from, for the methods that work
                 there (`mgda_ub`, `aligned_mtl_ub`, ...) and any other that works on the Gramian.

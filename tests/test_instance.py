@@ -617,10 +617,11 @@ def test_mixing_that_begins_later_is_found() -> None:
     for _ in range(2):
         opt.backward(losses())
     strength.fill_(0.5)
-    opt.backward(losses())
-    # The graph looks the same; it is gone through again at steps 2, 4, 8, ...
+    opt.zero_grad()
+    # The graph looks the same, but d and the Gramian do not agree.
     with pytest.raises(ValueError, match="instances must not mix"):
         opt.backward(losses())
+    assert all(p.grad is None for p in model.parameters())
 
 
 # Rows that are not where the batch has them.
@@ -634,7 +635,9 @@ def test_losses_in_another_order() -> None:
         assert_step(model, opt, lambda: model.losses(batch)[order], 1e-9)
 
 
-@pytest.mark.parametrize("how", ["index", "index_select", "gather", "sort", "custom", "roll"])
+@pytest.mark.parametrize(
+    "how", ["index", "index_select", "gather", "sort", "custom", "roll", "product"]
+)
 def test_an_order_that_changes_at_every_step(how: str) -> None:
     class Reorder(torch.autograd.Function):
         @staticmethod
@@ -663,11 +666,46 @@ def test_an_order_that_changes_at_every_step(how: str) -> None:
                 return found.gather(0, order)
             if how == "sort":
                 return (found * (1 + 9 * noise)).sort().values
+            if how == "product":
+                return (
+                    torch.eye(B, dtype=torch.float64)[order]
+                    @ found[:, None]
+                    @ torch.ones(1, dtype=torch.float64)
+                )
             if how == "custom":
                 return Reorder.apply(found, order)
             return found.roll(step)
 
         assert_step(model, opt, losses, 1e-9)
+
+
+def test_the_nearest_output_that_changes_at_every_step() -> None:
+    model = make("Sequences")
+    batch = model.batch()
+    opt = optimizer(model)
+    for step in range(7):
+        order = torch.randperm(B, generator=torch.Generator().manual_seed(step))
+        wanted = model.layers(batch).flatten(1).detach()[order] + 0.01
+
+        def losses(wanted: Tensor = wanted) -> Tensor:
+            z = model.layers(batch).flatten(1)
+            return (z[None] - wanted[:, None]).square().sum(2).min(1).values + 0.1
+
+        assert_step(model, opt, losses, 1e-9)
+
+
+def test_an_order_that_changes_unseen_is_refused() -> None:
+    model = make("Sequences")
+    batch = model.batch()
+    opt = optimizer(model)
+    order = torch.eye(B, dtype=torch.float64)
+    for _ in range(2):
+        opt.backward((order * model.layers(batch).flatten(1).square().sum(1)).sum(1))
+    opt.zero_grad()
+    losses = (order.roll(1, 0) * model.layers(batch).flatten(1).square().sum(1)).sum(1)
+    with pytest.raises(ValueError, match=r"rows .* stay with their instances.*found.*loop"):
+        opt.backward(losses)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_sequences_of_different_lengths_without_padding() -> None:
@@ -1099,9 +1137,27 @@ def test_one_read_a_step(name: str) -> None:
             with device.watched() as seen:
                 opt.backward(losses)
             waits.append([w.numel for w in seen.waits])
-    # What is looked at is read, at steps 1, 2 and 4; with the Gramian come losses and extremes.
+    # What is looked at is read, at steps 1, 2 and 4; with the Gramian come losses, extremes, and
+    # whether d agreed with the Gramian at the step before.
     for step in (3, 5, 6, 7):
-        assert waits[step - 1] == [(B + 2) * B]
+        assert waits[step - 1] == [(B + 3) * B]
+
+
+def test_rows_that_have_moved_are_looked_at_again_on_an_accelerator() -> None:
+    with Accelerator() as device:
+        model = device.put(make("Perceptron").float())
+        batch = device.put(model.batch().float())
+        order = device.put(torch.eye(B))
+        opt = optimizer(model, "imtl_g")
+        reads = []
+        for step in range(7):
+            if step == 4:
+                order = order.roll(1, 0)
+            losses = (order * model.losses(batch)).sum(1)
+            with device.watched() as seen:
+                opt.backward(losses)
+            reads.append(len(seen.waits))
+    assert [n > 1 for n in reads] == [True, True, False, True, False, True, False]
 
 
 class _NoReads(TorchDispatchMode):

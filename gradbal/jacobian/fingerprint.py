@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from gradbal.jacobian.strays import carries
 from gradbal.jacobian.walk import Walk
 
 __all__ = ["fingerprint", "sends_rows_about"]
@@ -44,6 +45,13 @@ _BY_DATA = (
 )
 """Beginnings of the names of nodes that send rows where tensors tell them to."""
 
+_EXTREMES = frozenset(
+    f"{name}Backward{k}"
+    for name in ("Amax", "Amin", "Cummax", "Cummin", "Kthvalue", "Max", "Median", "Min", "Mode")
+    for k in (0, 1)
+)
+"""Those that send them to where a value was found."""
+
 
 def fingerprint(
     graph: Walk, place: dict[Node, int], losses: Tensor, parameters: Sequence[Tensor]
@@ -69,9 +77,31 @@ def fingerprint(
 
 
 def sends_rows_about(graph: Walk) -> bool:
-    """Whether rows may go elsewhere though the graph looks the same: indices, sorting, masks, and
-    functions of which nothing is known."""
-    return any(node.name().startswith(_BY_DATA) or _is_custom(node) for node in graph.order)
+    """Whether rows may go elsewhere though the graph looks the same: indices, sorting, masks, rows
+    multiplied by a constant matrix, and functions of which nothing is known."""
+    return any(
+        node.name().startswith(_BY_DATA)
+        or node.name() in _EXTREMES
+        or _is_custom(node)
+        or _selects(node)
+        for node in graph.order
+    )
+
+
+def _selects(node: Node) -> bool:
+    """Whether a node has a constant times rows, or takes rows out of what is no parameter."""
+    name, sources = node.name(), [source for source, _ in node.next_functions]
+    if name in ("MmBackward0", "AddmmBackward0"):
+        left, right = sources[-2:]
+        return left is None and right is not None and not _is_of_parameters(right)
+    return name == "EmbeddingBackward0" and not _is_of_parameters(sources[0])
+
+
+def _is_of_parameters(node: Node | None) -> bool:
+    """Whether there are parameters alone, and what carries them, below a node."""
+    if node is None or hasattr(node, "variable"):
+        return True
+    return carries(node) and all(_is_of_parameters(source) for source, _ in node.next_functions)
 
 
 def _is_custom(node: object) -> bool:

@@ -20,7 +20,7 @@ from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
 from gradbal.jacobian.graph import check_dense, shared_indices
 from gradbal.jacobian.layers import Layer, find_layers, owned
 from gradbal.jacobian.owners import Codes, Owners, Reading, merged
-from gradbal.jacobian.per_instance import Outer, Part, leading, masked, parts
+from gradbal.jacobian.per_instance import Outer, Part, is_half, leading, masked, parts
 from gradbal.jacobian.products import gramian, no_autocast
 from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
 from gradbal.jacobian.walk import Walk, walk
@@ -38,13 +38,14 @@ class FoundInstances:
     gramian: `[B, B]`, float64; zero for instances that sit out. shared: the shared parameters.
     extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
     parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at;
-    None where there is no such row.
+    None where there is no such row. tolerance: how far rounding may take `|d|²` from `wᵀGw`.
     """
 
     gramian: Tensor
     shared: list[Tensor]
     extremes: Tensor
     doubt: Tensor | None
+    tolerance: float
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Instance:
 
     def __init__(self) -> None:
         self._known: dict[int, _Known] = {}
+        self._moved: Tensor | None = None
 
     def take(
         self,
@@ -170,8 +172,38 @@ class Instance:
             taken = _mask(len(losses), sit_out, device)
             g = torch.where(taken & taken[:, None], g, 0.0)
             extremes = torch.where(taken, extremes, 0.0)
+        if self._moved is not None:
+            doubts = [*(doubts or []), self._moved]
+            self._moved = None
         doubt = torch.stack([d.to(device) for d in doubts]).any() if doubts else None
-        return FoundInstances(g, [parameters[k] for k in chosen], extremes, doubt)
+        shared = [parameters[k] for k in chosen]
+        return FoundInstances(g, shared, extremes, doubt, _tolerance(losses, shared, total.narrow))
+
+    def check(self, found: FoundInstances, weights: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Whether `|d|² = wᵀGw`, as it has to be if every row is still whose it was.
+
+        That is not waited for on an accelerator: rows are then looked at at the next step.
+
+        Args:
+            found: of this step.
+            weights: w `[B]`.
+            gradients: d, of the shared parameters.
+
+        Raises:
+            ValueError: it is not.
+        """
+        g, w = found.gramian, weights.to(found.gramian)
+        square = torch.stack([n.to(g) for n in torch._foreach_norm(list(gradients))]).square().sum()
+        largest = (w.abs() * g.diagonal().sqrt()).sum().square()
+        moved = (square - w @ g @ w).abs() > found.tolerance * largest
+        if g.device.type != "cpu":
+            self._moved = moved
+        elif bool(moved):
+            raise ValueError(
+                'with jacobian="instance" instances must not mix, and the rows of every layer must '
+                "stay with their instances while the graph is the same, found a step at which they "
+                'do not; use jacobian="loop"'
+            )
 
     def combine(
         self,
@@ -194,7 +226,7 @@ class Instance:
         weights = torch.where(taken, weights, 0.0)
         result: list[tuple[Tensor, Tensor]] = []
 
-        def add(found: dict[int, Part]) -> None:
+        def add(found: dict[int, Part], narrow: bool) -> None:
             for k, part in found.items():
                 p = parameters[k]
                 gradient = masked(part, taken).combine(weights.to(p.device))
@@ -225,10 +257,17 @@ class _Sum:
     def __init__(self, n: int, device: torch.device, chosen: frozenset[int]) -> None:
         self.shared = torch.zeros(n, n, dtype=torch.float64, device=device)
         self.others = torch.zeros_like(self.shared)
+        self.narrow = False
         self._chosen = chosen
 
-    def add(self, found: dict[int, Part]) -> None:
-        """Adds the parts of one layer: a weight's, and a bias's that follows it."""
+    def add(self, found: dict[int, Part], narrow: bool = False) -> None:
+        """Adds the parts of one layer: a weight's, and a bias's that follows it.
+
+        Args:
+            found: by the parameter's index.
+            narrow: whether they come from half precision.
+        """
+        self.narrow |= narrow
         apart = {k in self._chosen for k in found}
         first, *rest = found.values()
         if isinstance(first, Outer) and rest and len(apart) == 1:
@@ -257,7 +296,7 @@ def _step(
 
 
 def _collect(
-    step: _Step, known: _Known, add: Callable[[dict[int, Part]], None]
+    step: _Step, known: _Known, add: Callable[[dict[int, Part], bool], None]
 ) -> list[Tensor] | None:
     """Hands over what each layer has of its shared parameters, as soon as it is there.
 
@@ -286,7 +325,7 @@ def _collect(
         if node in starts:
             kept[node] = gradient
         for layer in layers.get(node, ()):
-            add(parts(layer, gradient, rows, step.parameters))
+            add(parts(layer, gradient, rows, step.parameters), is_half(gradient))
 
     nodes = [*layers, *(node for node in starts if node not in layers)]
     step.visit({node: partial(visit, node) for node in nodes}, step.factors)
@@ -295,7 +334,7 @@ def _collect(
     for k, each in ways.items():
         part = stray_part(each, kept, owners.__getitem__, step.parameters[k])
         if part is not None:
-            add({k: part})
+            add({k: part}, any(is_half(g) for g in kept.values()))
     return doubts
 
 
@@ -393,6 +432,13 @@ def _mixing(step: _Step, node: Node, k: int) -> str:
     ):
         return f"{message}; BatchNorm in training mode mixes them: use GroupNorm, or eval()"
     return f"{message}; each loss must come from its own instance alone"
+
+
+def _tolerance(losses: Tensor, shared: Sequence[Tensor], narrow: bool) -> float:
+    if narrow or losses.device.type != "cpu" or any(is_half(p) for p in shared):
+        # Accelerators may multiply in TF32.
+        return 3e-2
+    return 1e-8 if all(p.dtype == torch.float64 for p in [losses, *shared]) else 1e-4
 
 
 def _take_one(step: _Step, total: _Sum) -> None:

@@ -17,7 +17,7 @@ from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm,
 from gradbal.jacobian.owners import Owners
 from gradbal.jacobian.products import BLOCK, gramian
 
-__all__ = ["Gathered", "Outer", "Part", "Table", "leading", "masked", "parts", "wide"]
+__all__ = ["Gathered", "Outer", "Part", "Table", "is_half", "leading", "masked", "parts", "wide"]
 
 _PIECE = 1 << 21
 """Entries of weight gradients that are formed at a time: they are used while in the cache."""
@@ -218,7 +218,12 @@ def parts(
 
 def wide(tensor: Tensor) -> Tensor:
     """Half precision as float32."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if is_half(tensor) else tensor
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor is in half precision."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
