@@ -240,7 +240,7 @@ class Instance:
         """What is known of graphs like this one, found out anew where that is due."""
         key = fingerprint(step.graph, step.place, step.losses, step.parameters)
         known = self._known.pop(key, None) or _Known()
-        known.n_steps += 1
+        known.n_steps += not look
         # Instances may meet where they did not before, as in a hinge that was at rest.
         due = known.n_steps & (known.n_steps - 1) == 0
         if look or due or sends_rows_about(step.graph):
