@@ -680,16 +680,30 @@ class Balancer:
         assert isinstance(losses, Tensor)
         trunk, rest = self._apart(call.batch, factors, call.parameters)
         chosen, found = {id(p) for p in trunk}, []
-        for weights, inputs in ((head_weights, rest), (w, trunk)):
+        passes = [(head_weights * factors, rest), (w * factors, trunk)]
+        if not call.absent and all(map(_is_fresh, call.parameters)):
+            # What arrives is d itself: taking it back is cheaper than holding it back.
+            for weights, inputs in passes:
+                if inputs:
+                    call.batch.backward(weights, inputs, call.retain_graph or inputs is rest)
+            try:
+                if taken is not None:
+                    engine.check(taken, w, [p.grad for p in trunk if p.grad is not None])
+            except ValueError:
+                for p in call.parameters:
+                    p.grad = None
+                raise
+            return
+        for weights, inputs in passes:
             if inputs and call.absent:
                 # In a pass of all instances NaN from one of them would reach every weight.
-                found += engine.combine(losses, weights * factors, inputs, call.absent)
+                found += engine.combine(losses, weights, inputs, call.absent)
             elif inputs:
                 with hooks_held_back(inputs):
                     grads = torch.autograd.grad(
                         losses,
                         inputs,
-                        (weights * factors).to(losses.dtype),
+                        weights.to(losses.dtype),
                         retain_graph=call.retain_graph or inputs is rest,
                         allow_unused=True,
                     )
@@ -785,6 +799,12 @@ class Balancer:
             self.n_dropped[name] = self.n_dropped.get(name, 0) + 1
         self.n_steps += 1
         self.give_up_pending()
+
+
+def _is_fresh(parameter: Tensor) -> bool:
+    """Whether a gradient that arrives is all of `.grad`, and nobody else hears of it."""
+    hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.grad is None and not any(hooks)
 
 
 def _rows_of(rows: Tensor, present: list[int]) -> Tensor:

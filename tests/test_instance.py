@@ -1096,6 +1096,24 @@ def test_checkpoints_of_batches_of_any_size() -> None:
     other.backward(drawn_apart(model.layers(batch[:3])))
 
 
+def test_gradients_add_up_and_hooks_run_once() -> None:
+    model = make("Sequences")
+    batch = model.batch()
+    opt = optimizer(model)
+    opt.backward(model.losses(batch))
+    once = gradient(model)
+    opt.backward(model.losses(batch))
+    assert_close(gradient(model), 2.0 * once, 1e-9)
+    opt.zero_grad()
+    heard: list[Tensor] = []
+    model.layers[0].weight.register_hook(lambda g: heard.append(g) or 3.0 * g)
+    opt.backward(model.losses(batch))
+    n = model.layers[0].weight.numel()
+    assert len(heard) == 1
+    assert_close(gradient(model)[:n], 3.0 * once[:n], 1e-9)
+    assert_close(gradient(model)[n:], once[n:], 1e-9)
+
+
 def test_copies_are_independent() -> None:
     model = make("Sequences")
     opt = optimizer(model)
