@@ -356,6 +356,63 @@ def sketch_command(
             console.print(f"{what}: {fresh:.4f}, {fixed:.4f}")
 
 
+@speed.command(name="instance")
+def instance_command(
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,lenet,conv,transformer",
+    batches: Annotated[str, typer.Option(help="Values of B, comma-separated.")] = "32,128",
+    rounds: Annotated[int, typer.Option(help="Measured rounds.")] = 13,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    method: Annotated[str, typer.Option(help="A Gramian method.")] = "imtl_g",
+) -> None:
+    """Per-instance losses: the Gramian against a plain backward pass and TorchJD's engine."""
+    from benchmarks.speed.instance import COLUMNS, MODELS, measure
+
+    chosen = models.split(",")
+    unknown = [m for m in chosen if m not in MODELS]
+    sizes = _counts(batches, "--batches")
+    if unknown:
+        _stop(BadInput(f"`--models` must be among {', '.join(MODELS)}, found {unknown[0]!r}"))
+    if rounds < 1 or threads < 1:
+        _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
+    console = Console(highlight=False)
+    table = Table(title="CPU time over losses.sum().backward() (median ratio), and peak MB")
+    for heading in (
+        "model",
+        "B",
+        *COLUMNS,
+        "MB plain",
+        *(f"MB {c}" for c in COLUMNS),
+        "difference",
+    ):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    reasons = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(chosen) * len(sizes))
+            for row in measure(chosen, sizes, rounds, threads, method):
+                ratios = [row.ratios[c] for c in COLUMNS]
+                peaks = [row.peaks.get(c) for c in ("plain", *COLUMNS)]
+                table.add_row(
+                    row.model,
+                    str(row.batch),
+                    *("–" if r is None else f"{r:.2f}" for r in ratios),
+                    *("–" if p is None else f"{p / 1e6:.1f}" for p in peaks),
+                    "–" if row.difference is None else f"{row.difference:.0e}",
+                )
+                if row.reason:
+                    reasons.append(f"{row.model}, B = {row.batch}: TorchJD said {row.reason}")
+                progress.advance(task)
+    except BenchmarkError as error:
+        _stop(error)
+    console.print(table)
+    for line in reasons:
+        console.print(line)
+    for column, meaning in COLUMNS.items():
+        console.print(f"{column}: {meaning}")
+    console.print("difference: of TorchJD's Gramian from ours, relative to its largest entry")
+    console.print(f"{rounds} rounds, {threads} thread(s), method {method}.")
+
+
 def _counts(numbers: str, option: str = "--tasks", least: int = 2) -> list[int]:
     counts = [int(n) if n.strip().isdigit() else -1 for n in numbers.split(",")]
     if min(counts) < least:

@@ -25,7 +25,9 @@ from gradbal.aggregators.base import (
 )
 from gradbal.jacobian import (
     Engine,
+    FoundInstances,
     GramianEngine,
+    Instance,
     Root,
     RootsInTurn,
     Rows,
@@ -36,6 +38,7 @@ from gradbal.jacobian import (
     cross_gramian,
     gradients_of,
     gramian,
+    hooks_held_back,
     reached_parameters,
     shared_indices,
     upload,
@@ -131,7 +134,7 @@ class Balancer:
         engine: what takes the gradients, or finds their Gramian.
         jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
-        tasks: their names, from the first step on.
+        tasks: their names, from the first step on. varies: whether others may come at any step.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
         n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
         unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
@@ -162,6 +165,10 @@ class Balancer:
         self.jacobian_dtype = jacobian_dtype
         self.rows = self._new_rows()
         self.tasks: Names | None = None
+        # Instances are others at every step, and may be more or fewer where nothing remembers them.
+        self.varies = isinstance(engine, Instance) and not (
+            aggregator.per_task_state and aggregator.state_names
+        )
         self.weights: Tensor | None = None
         self.head_weights: Tensor | None = None
         self.gramian: Tensor | None = None
@@ -264,7 +271,7 @@ class Balancer:
             parameters: all those of the optimizer, by whose order pending gradients are named.
         """
         return {
-            "tasks": None if self.tasks is None else list(self.tasks),
+            "tasks": None if self.tasks is None or self.varies else list(self.tasks),
             "loss_transform": self.loss_transform,
             **{name: _copy(getattr(self, name)) for name in _OUTCOME},
             "steps": self.n_steps,
@@ -309,6 +316,8 @@ class Balancer:
         if isinstance(aggregator, GramianAggregator) and not gathers:
             if aggregator.probed_parameters() is not None:
                 return self._probe_step
+            if isinstance(self.engine, Instance):
+                return self._instance_step
             if isinstance(self.engine, GramianEngine):
                 return self._gramian_step
         return self._rows_step
@@ -658,14 +667,43 @@ class Balancer:
         self._finish(*weights, found.gramian, found.absent)
         return True
 
+    def _instance_step(self, call: BackwardCall) -> bool:
+        assert isinstance(self.engine, Instance)
+        batch, scale, engine = call.batch, call.scale, self.engine
+        assert isinstance(batch, Losses)
+        assert isinstance(batch.tensors, Tensor)
+        values, factors = self._transformed(batch)
+        scaled = _scaled(factors, scale)
+        how = batch.tensors, scaled, call.parameters, self.shared_params, call.absent
+        taken = engine.take(*how)
+        pending = self._gather(batch, values, call.absent)
+        g = _unscaled(taken.gramian, scale)
+        host = HostValues(g, values, taken.extremes, taken.doubt)
+        if host.doubt:
+            taken = engine.take(*how, look=True)
+            g = _unscaled(taken.gramian, scale)
+            host = HostValues(g, values, taken.extremes)
+
+        def overflow() -> None:
+            infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
+            torch.autograd.backward(taken.shared, infinite)
+
+        examined = self._examine(g, host, overflow, pending, scale)
+        return self._weighted_step(call, factors, values, examined, taken)
+
     def _weighted_step(
-        self, call: BackwardCall, factors: Tensor, values: Tensor, found: _Examined | bool
+        self,
+        call: BackwardCall,
+        factors: Tensor,
+        values: Tensor,
+        found: _Examined | bool,
+        taken: FoundInstances | None = None,
     ) -> bool:
         """Weights of a Gramian, and the pass that delivers them."""
         if isinstance(found, bool):
             return found
         weights = self._weights(found.host, found.present)
-        self._weighted_pass(replace(call, absent=found.absent), factors, weights)
+        self._weighted_pass(replace(call, absent=found.absent), factors, weights, taken)
         self._train_own_weights(values, found.present, call.scale)
         self._finish(*weights, found.gramian, found.absent)
         return True
@@ -786,24 +824,80 @@ class Balancer:
         return True
 
     def _weighted_pass(
-        self, call: BackwardCall, factors: Tensor, weights: tuple[Tensor, Tensor]
+        self,
+        call: BackwardCall,
+        factors: Tensor,
+        weights: tuple[Tensor, Tensor],
+        taken: FoundInstances | None = None,
     ) -> None:
         """`Σ w_i ℓ_i` into `.grad`; heads by their own rule, in a pass of their own if need be."""
-        batch, parameters, absent = call.batch, call.parameters, call.absent
+        batch, parameters, retain_graph = call.batch, call.parameters, call.retain_graph
         assert isinstance(batch, Losses)
         factors = _scaled(factors, call.scale)
-        present = [i for i in range(len(batch.names)) if i not in absent]
+        present = [i for i in range(len(batch.names)) if i not in call.absent]
         device, dtype = factors.device, factors.dtype
         w, head_weights = (_only(upload(v, device).to(dtype), present) for v in weights)
         if self.heads == "own":
             head_weights = _only(torch.ones_like(factors), present)
+        if isinstance(self.engine, Instance):
+            self._deliver_instances(self.engine, call, factors, w, head_weights, taken)
+            return
         if self.heads == "weighted" and weights[0] is weights[1]:
-            batch.backward(w * factors, parameters, call.retain_graph, absent)
+            batch.backward(w * factors, parameters, retain_graph, call.absent)
             return
         trunk, rest = self._apart(batch, factors, parameters)
         if rest:
-            batch.backward(head_weights * factors, rest, True, absent)
-        batch.backward(w * factors, trunk, call.retain_graph, absent)
+            batch.backward(head_weights * factors, rest, True, call.absent)
+        batch.backward(w * factors, trunk, retain_graph, call.absent)
+
+    def _deliver_instances(
+        self,
+        engine: Instance,
+        call: BackwardCall,
+        factors: Tensor,
+        w: Tensor,
+        head_weights: Tensor,
+        taken: FoundInstances | None,
+    ) -> None:
+        """`Σ w_b ℓ_b` into `.grad`, once it is known to agree with the Gramian."""
+        batch = call.batch
+        assert isinstance(batch, Losses)
+        losses = batch.tensors
+        assert isinstance(losses, Tensor)
+        trunk, rest = self._apart(batch, factors, call.parameters)
+        chosen, found = {id(p) for p in trunk}, []
+        passes = [(head_weights * factors, rest), (w * factors, trunk)]
+        if not call.absent and all(map(_is_fresh, call.parameters)):
+            # What arrives is d itself: taking it back is cheaper than holding it back.
+            for weights, inputs in passes:
+                if inputs:
+                    batch.backward(weights, inputs, call.retain_graph or inputs is rest)
+            try:
+                if taken is not None:
+                    engine.check(taken, w, [p.grad for p in trunk if p.grad is not None])
+            except ValueError:
+                for p in call.parameters:
+                    p.grad = None
+                raise
+            return
+        for weights, inputs in passes:
+            if inputs and call.absent:
+                # In a pass of all instances NaN from one of them would reach every weight.
+                found += engine.combine(losses, weights, inputs, call.absent)
+            elif inputs:
+                with hooks_held_back(inputs):
+                    grads = torch.autograd.grad(
+                        losses,
+                        inputs,
+                        weights.to(losses.dtype),
+                        retain_graph=call.retain_graph or inputs is rest,
+                        allow_unused=True,
+                    )
+                pairs = zip(inputs, grads, strict=True)
+                found += [(p, g) for p, g in pairs if g is not None]
+        if taken is not None:
+            engine.check(taken, w, [g for p, g in found if id(p) in chosen])
+        torch.autograd.backward([p for p, _ in found], [g for _, g in found])
 
     def _single_weights(
         self, values: Tensor, present: list[int], refreshes: bool
@@ -824,6 +918,11 @@ class Balancer:
         self, batch: Losses, factors: Tensor, parameters: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Shared parameters and the others, from the graph: there are no rows to tell."""
+        if isinstance(self.engine, Instance):
+            # Every instance reaches what one of them does.
+            chosen = {id(p) for p in self.shared_params or parameters}
+            trunk = [p for p in parameters if id(p) in chosen]
+            return trunk, [p for p in parameters if id(p) not in chosen]
         roots = [root for root, _ in batch.roots(factors)]
         reach = reached_parameters(roots, parameters)
         shared = set(shared_indices(parameters, reach, self.shared_params))
@@ -915,6 +1014,12 @@ class Balancer:
             self.n_dropped[name] = self.n_dropped.get(name, 0) + 1
         self.n_steps += 1
         self.give_up_pending()
+
+
+def _is_fresh(parameter: Tensor) -> bool:
+    """Whether a gradient that arrives is all of `.grad`, and nobody else hears of it."""
+    hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+    return parameter.grad is None and not any(hooks)
 
 
 def _rows_of(rows: Tensor, present: list[int]) -> Tensor:

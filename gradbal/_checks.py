@@ -207,9 +207,15 @@ def check_call(
     independent: Sequence[Any],
     accumulate: bool,
     in_closure: bool,
+    instances: bool,
 ) -> None:
     """Whether the method gets what it consumes, and nothing that it does not."""
     name = aggregator.name
+    if instances and (accumulate or features is not None):
+        raise ValueError(
+            "with jacobian='instance' a batch's instances are weighted at once and over all "
+            f"parameters, found {'accumulate=True' if accumulate else '`features`'}"
+        )
     if isinstance(aggregator, BilevelAggregator):
         raise ValueError(
             f"{name!r} looks at validation losses: call step(closure, val_closure), found a "

@@ -8,7 +8,7 @@ import torch
 
 from gradbal.aggregators._arguments import integer
 from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
-from gradbal.jacobian import ENGINES, Engine, Layerwise, Loop, Sketch, VMap
+from gradbal.jacobian import ENGINES, WITHOUT_ROWS, Engine, Instance, Layerwise, Loop, Sketch, VMap
 from gradbal.registry import near_misses
 
 __all__ = ["make_engine"]
@@ -46,16 +46,17 @@ def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine
                 "leave it out"
             )
         integer(name, value, 1)
-    if jacobian in ("gramian", "sketch"):
+    if jacobian in WITHOUT_ROWS:
         _check_gramian_suffices(aggregator, jacobian)
+    if jacobian == "instance":
+        _check_instances(aggregator)
+        return Instance()
     if jacobian == "gramian":
         return Layerwise()
     if jacobian == "sketch":
         return Sketch(**{"size": given["sketch_size"]} if given else {})
     if jacobian == "vmap":
         return VMap(given.get("chunk_size"))
-    if jacobian not in ("auto", "loop"):
-        raise NotImplementedError(f'`jacobian="{jacobian}"` is not there yet; use "loop"')
     return Loop()
 
 
@@ -71,6 +72,14 @@ def _check_gramian_suffices(aggregator: Aggregator, jacobian: str) -> None:
             f'`jacobian` must not be "{jacobian}" for {name!r} with weights by column group, since '
             'it adds up columns of all groups; use "loop", or one group'
         )
+
+
+def _check_instances(aggregator: Aggregator) -> None:
+    name, found = aggregator.name, "found jacobian='instance'"
+    if aggregator.needs_features:
+        raise ValueError(f"{name!r} works on gradients at a representation, {found}; use 'loop'")
+    if isinstance(aggregator, GramianAggregator) and aggregator.probed_parameters() is not None:
+        raise ValueError(f"{name!r} looks at some columns of the Jacobian, {found}; use 'loop'")
 
 
 def _has_groups(aggregator: GramianAggregator) -> bool:

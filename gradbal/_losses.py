@@ -12,7 +12,15 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian import hooks_held_back, upload
 
-__all__ = ["Losses", "Names", "check_loss", "check_names", "in_order", "read_losses"]
+__all__ = [
+    "Losses",
+    "Names",
+    "check_loss",
+    "check_names",
+    "in_order",
+    "read_instances",
+    "read_losses",
+]
 
 Names = tuple[str | int, ...]
 
@@ -126,7 +134,31 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     return Losses(found, torch.stack([l.detach() for l in tensors]), tensors)
 
 
-def _read_vector(losses: Tensor, names: Names | None) -> Losses:
+def read_instances(losses: object, names: Names | None) -> Losses:
+    """Checks the losses of the instances of one batch.
+
+    Args:
+        losses: a 1-D tensor, one entry for each instance.
+        names: of the batch before, where there must be as many; or None.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not 1-D, empty, without a graph, or another number than before.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            'with jacobian="instance" losses must be a 1-D tensor of the losses of all instances, '
+            f'found {type(losses).__name__}; pass the loss of reduction="none" as it is'
+        )
+    if losses.dim() != 1:
+        raise ValueError(
+            'with jacobian="instance" losses must be 1-D, one entry for each instance, found shape '
+            f"{list(losses.shape)}; take the mean over all dimensions but that of the instances"
+        )
+    return _read_vector(losses, names, taken_apart=False)
+
+
+def _read_vector(losses: Tensor, names: Names | None, taken_apart: bool = True) -> Losses:
     if losses.dim() != 1:
         raise ValueError(
             f"losses as a tensor must be 1-D, one entry a task, found shape {list(losses.shape)}"
@@ -139,7 +171,7 @@ def _read_vector(losses: Tensor, names: Names | None) -> Losses:
     for i, edge in enumerate(_stacked_edges(losses, keep_missing=True) or ()):
         if edge is None:
             raise ValueError(f"the loss of task {i!r} must have a graph, found one without")
-        if not _EDGES_ARE_ROOTS:
+        if taken_apart and not _EDGES_ARE_ROOTS:
             # Passes through the stack would reach every task's head, with zeros.
             raise ValueError(
                 "losses made by torch.stack need torch 2.5 or later, found "

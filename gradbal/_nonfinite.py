@@ -39,15 +39,23 @@ class HostValues:
         gramian: `[T, T]`, or `[K, T, T]` for K groups of columns; float64.
         losses: `[T]`, as the aggregator sees them.
         extremes: `[T]`, the largest entries of each task's other gradients.
+        doubt: 0-dim, whether the Gramian has to be formed with more care; None for no.
 
     Attributes:
-        gramian, losses: on the host.
+        gramian, losses, doubt: on the host.
         bad: indices of the tasks with anything that is not finite.
     """
 
-    def __init__(self, gramian: Tensor, losses: Tensor, extremes: Tensor) -> None:
-        rows = gramian.reshape(-1, len(losses))
-        packed = torch.cat([rows, losses.to(gramian)[None], extremes.to(gramian)[None]]).cpu()
+    def __init__(
+        self, gramian: Tensor, losses: Tensor, extremes: Tensor, doubt: Tensor | None = None
+    ) -> None:
+        rows = [gramian.reshape(-1, len(losses)), losses[None], extremes[None]]
+        if doubt is not None:
+            rows.insert(0, doubt.expand(1, len(losses)))
+        packed = torch.cat([row.to(gramian) for row in rows]).cpu()
+        self.doubt = doubt is not None and bool(packed[0, 0])
+        if doubt is not None:
+            packed = packed[1:]
         self.gramian, self.losses = packed[:-2].view(gramian.shape), packed[-2]
         squares = self.gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses))
         checks = torch.cat([squares, packed[-2:]]).isfinite().all(0).tolist()

@@ -29,7 +29,7 @@ from gradbal._checks import (
 from gradbal._closures import Closure, Evaluations, read_values
 from gradbal._engine import make_engine
 from gradbal._lazy import LazyLosses, read_functions
-from gradbal._losses import Losses, read_losses
+from gradbal._losses import Losses, read_instances, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError
 from gradbal._undo import (
     interrupts_held_back,
@@ -38,6 +38,7 @@ from gradbal._undo import (
     remembered,
 )
 from gradbal.aggregators.base import Aggregator, BilevelAggregator, ClosureAggregator
+from gradbal.jacobian import Instance
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
 
@@ -76,7 +77,9 @@ class MultiTaskOptimizer(Optimizer):
             (needs torch 2.5). "gramian": gradients are kept as factors where that is cheaper (wide
             layers at small batches), and J is never formed; "sketch": k numbers of each gradient
             are kept instead of P, and the Gramian is estimated; both for methods that the Gramian
-            suffices. "auto": so far the loop.
+            suffices. "instance": the losses are a 1-D tensor of those of single instances, as from
+            `reduction="none"`, each a task; see `gradbal.jacobian.Instance` for what is required.
+            "auto": so far the loop.
         chunk_size: for "vmap", how many losses go together at most, which bounds its memory; None
             for all of them.
         update_every: weights are computed at every k-th step and used again in between, with one
@@ -148,6 +151,11 @@ class MultiTaskOptimizer(Optimizer):
         check_options(heads, update_every, loss_transform, nonfinite, process_group)
         check_jacobian_dtype(jacobian_dtype, jacobian, optimizer)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
+        if jacobian == "instance" and update_every != 1:
+            raise ValueError(
+                "update_every must be 1 with jacobian='instance', since the next batch has other "
+                f"instances, which the weights are not of; found {update_every}"
+            )
         groups = self.aggregator.param_groups()
         if groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
@@ -285,7 +293,8 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             losses: T scalar losses, as a list, tuple or dict, or as a 1-D tensor (one made by
                 `torch.stack` needs torch 2.5). T, and a dict's keys, stay the same from step to
-                step. A 1-D tensor made in any other way cannot be taken apart: every loss then
+                step, except with `jacobian="instance"`, which takes a 1-D tensor alone. A 1-D
+                tensor made in any other way cannot be taken apart elsewhere: every loss then
                 reaches all that it was made from. Or T functions without arguments in their place,
                 as a list, tuple or dict: each is called once, in the order of the first step, right
                 before its own backward pass, and its graph is freed before the next is called. Then
@@ -313,8 +322,13 @@ class MultiTaskOptimizer(Optimizer):
             RuntimeError: a compiled part of the model does not allow several backward passes.
         """
         balancer = self._balancer
-        check_call(self.aggregator, features, independent, accumulate, self._in_closure)
-        batch = read_functions(losses, balancer.tasks) or read_losses(losses, balancer.tasks)
+        instances = isinstance(balancer.engine, Instance)
+        check_call(self.aggregator, features, independent, accumulate, self._in_closure, instances)
+        batch: Losses | LazyLosses
+        if instances:
+            batch = read_instances(losses, None if balancer.varies else balancer.tasks)
+        else:
+            batch = read_functions(losses, balancer.tasks) or read_losses(losses, balancer.tasks)
         others = tuple(
             read_functions(l, batch.names) or read_losses(l, batch.names) for l in independent
         )

@@ -164,12 +164,6 @@ def test_lbfgs_takes_no_group_of_learnable_weights() -> None:
     assert len(lbfgs.param_groups) == 1
 
 
-@pytest.mark.parametrize("engine", ["instance"])
-def test_reserved_engines(engine: str) -> None:
-    with pytest.raises(NotImplementedError, match=f'jacobian="{engine}"'):
-        MultiTaskOptimizer(_sgd(), jacobian=engine)
-
-
 def test_several_processes_are_reserved() -> None:
     with pytest.raises(NotImplementedError, match="process_group"):
         MultiTaskOptimizer(_sgd(), process_group=object())

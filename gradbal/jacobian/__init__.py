@@ -20,6 +20,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
 )
+from gradbal.jacobian.instance import FoundInstances, Instance
 from gradbal.jacobian.layerwise import Layerwise
 from gradbal.jacobian.loop import Loop, gradients_of
 from gradbal.jacobian.products import (
@@ -45,7 +46,9 @@ __all__ = [
     "WITHOUT_ROWS",
     "Engine",
     "Found",
+    "FoundInstances",
     "GramianEngine",
+    "Instance",
     "Layerwise",
     "Loop",
     "Root",

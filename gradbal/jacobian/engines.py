@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.graph import Root
+from gradbal.jacobian.instance import Instance
 
 __all__ = [
     "ENGINES",
@@ -106,4 +107,4 @@ class GramianEngine(Protocol):
         ...
 
 
-Engine = RowsEngine | GramianEngine
+Engine = RowsEngine | GramianEngine | Instance

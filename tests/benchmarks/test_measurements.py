@@ -199,3 +199,22 @@ def test_bad_input_ends_with_a_sentence(arguments, message):
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_speed_of_instances_prints_every_column():
+    done = run("speed", "instance", "--models", "lenet", "--batches", "3", "--rounds", "1")
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.output.splitlines() if line.startswith("│ lenet "))
+    ratios, peaks = line.split("│")[3:6], line.split("│")[6:10]
+    assert all(float(cell) > 0 for cell in [*ratios, *peaks])
+    assert float(line.split("│")[10]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [(("--models", "lenet,vgg"), "'vgg'"), (("--batches", "1"), "1"), (("--rounds", "0"), "0")],
+)
+def test_speed_of_instances_says_what_was_wrong(options, found):
+    done = run("speed", "instance", *options)
+    assert done.exit_code == 2
+    assert f"found {found}" in done.output.replace("\n", " ") or found in done.output
