@@ -8,6 +8,7 @@ from gradbal.jacobian.engines import (
     Engine,
     Found,
     GramianEngine,
+    Kept,
     RowsEngine,
     make_engine,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Engine",
     "Found",
     "GramianEngine",
+    "Kept",
     "Rows",
     "RowsEngine",
     "check_dense",
