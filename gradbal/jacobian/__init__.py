@@ -10,6 +10,7 @@ from gradbal.jacobian.engines import (
     Engine,
     Found,
     GramianEngine,
+    Kept,
     RowsEngine,
 )
 from gradbal.jacobian.graph import (
@@ -49,6 +50,7 @@ __all__ = [
     "FoundInstances",
     "GramianEngine",
     "Instance",
+    "Kept",
     "Layerwise",
     "Loop",
     "Root",

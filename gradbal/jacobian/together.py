@@ -19,7 +19,7 @@ _BATCHES_WELL = re.compile(
     r"torch::autograd::AccumulateGrad"
     r"|(Add|Sub|Mul|Div|Neg|Abs|Pow|Sqrt|Rsqrt|Exp|Log|Sin|Cos|Clamp|ClampMin|Sum|Mean"
     r"|Addmm|Mm|T|Transpose|Permute|View|UnsafeView|ReshapeAlias|Expand|Clone|Select|Slice|Squeeze"
-    r"|Unsqueeze|Relu|LeakyRelu|Threshold|Tanh|Sigmoid|Silu|Gelu|Elu|Mish|Softplus|Hardtanh"
+    r"|Unsqueeze|Relu|LeakyRelu|Threshold|Tanh|Sigmoid|Silu|Gelu|Elu|Softplus|Hardtanh"
     r"|Hardswish|NativeDropout|NativeLayerNorm)Backward\d*"
 )
 """Kinds of nodes that are a few batched operators backwards, and no slower for it."""
