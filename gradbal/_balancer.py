@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradbal._checks import check_positive
+from gradbal._engine import has_groups
 from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses, Names
 from gradbal._nonfinite import HostValues, NonFiniteError, not_finite
@@ -24,10 +25,13 @@ from gradbal.aggregators.base import (
     Scalarizer,
 )
 from gradbal.jacobian import (
+    Auto,
+    Case,
     Engine,
     FoundInstances,
     GramianEngine,
     Instance,
+    Loop,
     Root,
     RootsInTurn,
     Rows,
@@ -131,7 +135,7 @@ class Balancer:
     """Connects losses, Jacobian routine and aggregator; knows nothing of optimizers.
 
     Attributes:
-        engine: what takes the gradients, or finds their Gramian.
+        engine: what takes the gradients, or finds their Gramian. auto: what picks it, or None.
         jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on. varies: whether others may come at any step.
@@ -151,7 +155,7 @@ class Balancer:
         loss_transform: str | None,
         nonfinite: str,
         match_sum: bool,
-        engine: Engine,
+        engine: Engine | Auto,
         jacobian_dtype: torch.dtype | None = None,
     ) -> None:
         self.aggregator = aggregator
@@ -161,7 +165,8 @@ class Balancer:
         self.loss_transform = loss_transform
         self.nonfinite = nonfinite
         self.match_sum = match_sum
-        self.engine = engine
+        self.auto = engine if isinstance(engine, Auto) else None
+        self.engine = Loop() if isinstance(engine, Auto) else engine
         self.jacobian_dtype = jacobian_dtype
         self.rows = self._new_rows()
         self.tasks: Names | None = None
@@ -194,10 +199,44 @@ class Balancer:
         """
         self.tasks = call.batch.names
         try:
-            return self._step_for(call)(call)
+            if self.auto is None:
+                return self._step_for(call)(call)
+            if not self._has_choice(call):
+                self._use(Loop())
+                return self._step_for(call)(call)
+            with self.auto.engine_of_step(self._case(call)) as engine:
+                self._use(engine)
+                return self._step_for(call)(call)
         except BaseException:
             self.give_up_pending()
             raise
+
+    def _has_choice(self, call: BackwardCall) -> bool:
+        """Whether the step is one that several engines can serve: an ordinary one with rows."""
+        if call.lazy or call.accumulate or call.features is not None or call.independent:
+            return False
+        if not self.needs_jacobian(accumulate=False) or self.rows.pending:
+            return False
+        aggregator = self.aggregator
+        return not isinstance(aggregator, GramianAggregator) or (
+            aggregator.probed_parameters() is None
+        )
+
+    def _case(self, call: BackwardCall) -> Case:
+        assert isinstance(call.batch, Losses)
+        aggregator = self.aggregator
+        return Case(
+            device=call.batch.values.device,
+            n_tasks=len(call.batch.names),
+            n_scalars=sum(p.numel() for p in call.parameters),
+            rows=not isinstance(aggregator, GramianAggregator) or has_groups(aggregator),
+            narrow=self.jacobian_dtype is not None,
+        )
+
+    def _use(self, engine: Engine) -> None:
+        self.engine = engine
+        if isinstance(engine, RowsEngine):
+            self.rows.engine = engine
 
     def absent(
         self, batches: Sequence[Losses | LazyLosses], single_pass: bool
@@ -274,6 +313,7 @@ class Balancer:
             "tasks": None if self.tasks is None or self.varies else list(self.tasks),
             "loss_transform": self.loss_transform,
             **{name: _copy(getattr(self, name)) for name in _OUTCOME},
+            "engine": None if self.auto is None else self.auto.state_dict(),
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
             "columns": None if self._columns is None else list(self._columns),
@@ -297,6 +337,8 @@ class Balancer:
         for name in _OUTCOME:
             value = state[name]
             setattr(self, name, None if value is None else value.to(device, copy=True))
+        if self.auto is not None and state["engine"] is not None:
+            self.auto.load_state_dict(state["engine"])
         self.n_steps = state["steps"]
         self.n_dropped = dict(state["dropped"])
         self._columns = None if state["columns"] is None else list(state["columns"])

@@ -8,19 +8,30 @@ import torch
 
 from gradbal.aggregators._arguments import integer
 from gradbal.aggregators.base import Aggregator, GramianAggregator, Scalarizer
-from gradbal.jacobian import ENGINES, WITHOUT_ROWS, Engine, Instance, Layerwise, Loop, Sketch, VMap
+from gradbal.jacobian import (
+    ENGINES,
+    WITHOUT_ROWS,
+    Auto,
+    Engine,
+    Instance,
+    Layerwise,
+    Loop,
+    Rule,
+    Sketch,
+    VMap,
+)
 from gradbal.registry import near_misses
 
-__all__ = ["make_engine"]
+__all__ = ["has_groups", "make_engine"]
 
 _USES = {
-    "chunk_size": ("vmap",),
+    "chunk_size": ("vmap", "auto"),
     "sketch_size": ("sketch",),
 }
 """Options, and the engines that have a use for them."""
 
 
-def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine:
+def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine | Auto:
     """The engine of that name, for a method.
 
     Args:
@@ -57,6 +68,8 @@ def make_engine(aggregator: Aggregator, jacobian: Any, **options: Any) -> Engine
         return Sketch(**{"size": given["sketch_size"]} if given else {})
     if jacobian == "vmap":
         return VMap(given.get("chunk_size"))
+    if jacobian == "auto":
+        return Auto(Rule(given.get("chunk_size")))
     return Loop()
 
 
@@ -67,7 +80,7 @@ def _check_gramian_suffices(aggregator: Aggregator, jacobian: str) -> None:
             f'`jacobian` must not be "{jacobian}" for {name!r}, which needs the gradients '
             'themselves and not their Gramian alone; use "loop"'
         )
-    if isinstance(aggregator, GramianAggregator) and _has_groups(aggregator):
+    if isinstance(aggregator, GramianAggregator) and has_groups(aggregator):
         raise ValueError(
             f'`jacobian` must not be "{jacobian}" for {name!r} with weights by column group, since '
             'it adds up columns of all groups; use "loop", or one group'
@@ -82,7 +95,8 @@ def _check_instances(aggregator: Aggregator) -> None:
         raise ValueError(f"{name!r} looks at some columns of the Jacobian, {found}; use 'loop'")
 
 
-def _has_groups(aggregator: GramianAggregator) -> bool:
+def has_groups(aggregator: GramianAggregator) -> bool:
+    """Whether it has weights by column group."""
     try:
         return aggregator.column_groups([torch.Size([1])]) is not None
     except ValueError:

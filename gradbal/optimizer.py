@@ -79,9 +79,11 @@ class MultiTaskOptimizer(Optimizer):
             are kept instead of P, and the Gramian is estimated; both for methods that the Gramian
             suffices. "instance": the losses are a 1-D tensor of those of single instances, as from
             `reduction="none"`, each a task; see `gradbal.jacobian.Instance` for what is required.
-            "auto": so far the loop.
-        chunk_size: for "vmap", how many losses go together at most, which bounds its memory; None
-            for all of them.
+            "auto": "loop", and in the first steps of larger models "gramian" and "vmap" in turn
+            with it where the method and the model allow; whichever is fastest stays. Engines agree
+            up to rounding: under `torch.use_deterministic_algorithms(True)` there is no trial.
+        chunk_size: for "vmap" and "auto", how many losses go together at most, which bounds
+            memory; None for all of them.
         update_every: weights are computed at every k-th step and used again in between, with one
             backward pass.
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.

@@ -1,12 +1,17 @@
 """The choice among engines: by rule, by clock, by neither where runs must repeat."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from gradbal import MultiTaskOptimizer
+from gradbal.jacobian import Rows, VMap
 from gradbal.jacobian.auto import MARGIN, N_TIMED, N_WARM_UP, Auto, Case, Stopwatch
 from gradbal.jacobian.loop import Loop
+from tests.zoo import make, optimizer, targets
 
 CASE = Case(torch.device("cpu"), n_tasks=3, n_scalars=1000, rows=False)
 TRIAL = 2 * (N_WARM_UP + N_TIMED)
@@ -139,3 +144,110 @@ def test_a_stopwatch_measures_time() -> None:
     sum(range(100_000))
     watch.stop()
     assert 0 < watch.seconds() < 10
+
+
+class _Wide(nn.Module):
+    """More parameters than the rule leaves to the loop without a trial."""
+
+    def __init__(self, n_tasks: int = 3) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
+        self.heads = nn.ModuleList(nn.Linear(128, 1) for _ in range(n_tasks))
+
+    def losses(self, step: int = 0) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        z = self.trunk(torch.randn(8, 64, generator=generator))
+        return targets([head(z) for head in self.heads])
+
+
+def _train(opt: MultiTaskOptimizer, model: _Wide, steps: range) -> list[str]:
+    engines = []
+    for step in steps:
+        opt.zero_grad()
+        opt.backward(model.losses(step))
+        opt.step()
+        engines.append(opt.diagnostics()["engine"])
+    return engines
+
+
+def _made(aggregator: str = "upgrad", **options: Any) -> tuple[MultiTaskOptimizer, _Wide]:
+    torch.manual_seed(0)
+    model = _Wide()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    return MultiTaskOptimizer(sgd, aggregator, **options), model
+
+
+def test_larger_models_try_every_engine_and_train_as_with_the_loop() -> None:
+    opt, model = _made()
+    engines = _train(opt, model, range(16))
+    assert engines[:6] == ["loop", "gramian", "vmap"] * 2
+    assert len(set(engines[12:])) == 1
+    plain, twin = _made(jacobian="loop")
+    _train(plain, twin, range(16))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "options", "tried"),
+    [
+        ("graddrop", {}, {"loop", "vmap"}),
+        ("gradvac", {"groups": "layer"}, {"loop", "vmap"}),
+        ("upgrad", {"jacobian_dtype": torch.bfloat16}, {"loop", "vmap"}),
+        ("mean", {}, {"loop"}),
+    ],
+)
+def test_what_is_tried_is_what_the_method_can_do_with(
+    aggregator: str, options: dict[str, Any], tried: set[str]
+) -> None:
+    opt, model = _made(aggregator, **options)
+    assert set(_train(opt, model, range(6))) == tried
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_no_trial_where_runs_must_repeat() -> None:
+    opt, model = _made()
+    assert set(_train(opt, model, range(6))) == {"loop"}
+
+
+def test_small_models_are_the_loops() -> None:
+    model = make("Plain")
+    opt = optimizer(model, "upgrad")
+    for _ in range(3):
+        opt.backward(model.losses(model.batch()))
+        assert opt.diagnostics()["engine"] == "loop"
+
+
+def test_micro_batches_and_functions_go_through_the_loop() -> None:
+    opt, model = _made()
+    _train(opt, model, range(1))
+    opt.backward(model.losses(), accumulate=True)
+    opt.backward(model.losses())
+    assert opt.diagnostics()["engine"] == "loop"
+    opt.backward([lambda: model.losses()[0], lambda: model.losses()[1], lambda: model.losses()[2]])
+    assert opt.diagnostics()["engine"] == "loop"
+    assert _train(opt, model, range(1)) == ["gramian"]
+
+
+def test_the_choice_is_part_of_a_checkpoint() -> None:
+    opt, model = _made()
+    _train(opt, model, range(14))
+    other, twin = _made()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(opt.state_dict())
+    assert _train(other, twin, range(3)) == _train(opt, model, range(3))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_hook_that_no_batched_pass_takes_goes_through_the_loop() -> None:
+    engine = VMap(keeps_graph=True)
+    model = _Wide()
+    rows = Rows(engine=engine)
+    for step in range(3):
+        z = model.trunk(torch.randn(4, 64))
+        if step == 2:
+            z.register_hook(lambda g: g * g.norm().item())
+        losses = targets([head(z) for head in model.heads])
+        rows.take([(l, torch.ones(())) for l in losses], list(model.parameters()))
+        assert engine.name == ("loop" if step == 2 else "vmap")

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradbal
+from benchmarks.accelerator import Accelerator
 from gradbal.jacobian import Instance, per_instance
-from tests.accelerator import Accelerator
 from tests.zoo import keywords
 
 B = 6

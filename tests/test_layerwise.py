@@ -17,11 +17,11 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.accelerator import Accelerator
 from gradbal import MultiTaskOptimizer, NonFiniteError
 from gradbal.jacobian import layers, parts
 from gradbal.jacobian.layers import find_layers
 from gradbal.jacobian.walk import walk
-from tests.accelerator import Accelerator
 from tests.states import root_at_zero
 from tests.zoo import make, optimizer
 

@@ -3,6 +3,7 @@
 It never knows which method is in use, and makes no device-to-host synchronisation.
 """
 
+from gradbal.jacobian.auto import Auto, Case, Rule
 from gradbal.jacobian.compiled import gradients
 from gradbal.jacobian.engines import (
     ENGINES,
@@ -45,6 +46,8 @@ __all__ = [
     "ENGINES",
     "SMALL",
     "WITHOUT_ROWS",
+    "Auto",
+    "Case",
     "Engine",
     "Found",
     "FoundInstances",
@@ -57,6 +60,7 @@ __all__ = [
     "RootsInTurn",
     "Rows",
     "RowsEngine",
+    "Rule",
     "Sketch",
     "Sketched",
     "VMap",

@@ -13,8 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from gradbal.jacobian.engines import Engine
+from gradbal.jacobian.layerwise import Layerwise
+from gradbal.jacobian.loop import Loop
+from gradbal.jacobian.vmap import VMap
 
-__all__ = ["Auto", "Case", "Stopwatch"]
+__all__ = ["Auto", "Case", "Rule", "Stopwatch"]
 
 N_WARM_UP = 1
 """Steps of each engine that are not timed: the first makes buffers."""
@@ -31,13 +34,49 @@ class Case:
     """What the rule looks at.
 
     device: where the losses are. n_tasks: T. n_scalars: of all trained parameters. rows: whether
-    the method needs the rows of J themselves.
+    the method needs the rows of J themselves. narrow: whether J is kept in half precision.
     """
 
     device: torch.device
     n_tasks: int
     n_scalars: int
     rows: bool
+    narrow: bool = False
+
+
+SMALL = 1 << 15
+"""With fewer scalars than this there is nothing to gain, and runs repeat bit for bit."""
+
+BATCHED = 1 << 22
+"""Up to this many entries of J the gradients of all losses at once are worth a try on the CPU."""
+
+BATCHED_ON_DEVICE = 1 << 26
+"""The same on an accelerator, which waits for launches rather than for memory."""
+
+
+class Rule:
+    """gradbal's own rule: which engines are worth a try, and which comes first.
+
+    Args:
+        chunk_size: for "vmap", how many losses go together at most.
+    """
+
+    def __init__(self, chunk_size: int | None = None) -> None:
+        self._loop, self._layerwise = Loop(), Layerwise()
+        # A graph that is kept lives until its losses go, but no later hook can spoil a step.
+        self._vmap = VMap(chunk_size, keeps_graph=True)
+
+    def __call__(self, case: Case) -> Sequence[Engine]:
+        """The engines that are worth a try in a case, the rule's own choice first."""
+        engines: list[Engine] = [self._loop]
+        if case.n_tasks < 2 or case.n_scalars < SMALL:
+            return engines
+        if not case.rows and not case.narrow:
+            engines.append(self._layerwise)
+        limit = BATCHED if case.device.type == "cpu" else BATCHED_ON_DEVICE
+        if case.n_tasks > 2 and case.n_tasks * case.n_scalars <= limit:
+            engines.append(self._vmap)
+        return engines
 
 
 class Timer(Protocol):
@@ -85,16 +124,16 @@ class Auto:
     so that only then two runs are the same bit for bit.
 
     Args:
-        rule: the engines worth a try in a case, its own choice first.
+        rule: the engines worth a try in a case, its own choice first; None for gradbal's.
         stopwatch: what measures.
     """
 
     def __init__(
         self,
-        rule: Callable[[Case], Sequence[Engine]],
+        rule: Callable[[Case], Sequence[Engine]] | None = None,
         stopwatch: Callable[[torch.device], Timer] = Stopwatch,
     ) -> None:
-        self._rule = rule
+        self._rule = Rule() if rule is None else rule
         self._stopwatch = stopwatch
         self._case: Case | None = None
         self._engines: list[Engine] = []

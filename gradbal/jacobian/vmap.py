@@ -39,13 +39,16 @@ class VMap:
 
     Args:
         chunk_size: how many losses go together at most; None for all.
+        keeps_graph: never free a graph's buffers, so that the loop can still take over where a
+            pass fails that has worked on graphs of the same kind.
 
     Attributes:
         fallback: why the last losses did not go together, or None if they did.
     """
 
-    def __init__(self, chunk_size: int | None = None) -> None:
+    def __init__(self, chunk_size: int | None = None, keeps_graph: bool = False) -> None:
         self.chunk_size = chunk_size
+        self.keeps_graph = keeps_graph
         self.fallback: str | None = None
         self._works: dict[_Graph, None] = {}
         self._fails: dict[_Graph, str] = {}
@@ -65,7 +68,7 @@ class VMap:
             graph = frontier.kinds
             known = graph in self._works
             for job in self._jobs(frontier):
-                keep = retain_graph or len(job) < len(left)
+                keep = retain_graph or self.keeps_graph or len(job) < len(left)
                 blocks = self._blocks(frontier, parameters, job, keep, known)
                 if blocks is None:
                     break
@@ -147,7 +150,7 @@ class VMap:
 
     def __getstate__(self) -> dict[str, Any]:
         # Classes of nodes cannot be pickled, and it is found out again what works.
-        return {"chunk_size": self.chunk_size}
+        return {"chunk_size": self.chunk_size, "keeps_graph": self.keeps_graph}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
