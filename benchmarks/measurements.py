@@ -213,6 +213,8 @@ def instance_command(
             )
         )
     console = Console(highlight=False)
+    # On fewer columns figures would be cut off.
+    console.width = max(console.width, 120)
     table = Table(title="CPU time over losses.sum().backward() (median ratio), and peak MB")
     for heading in (
         "model",
