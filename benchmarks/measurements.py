@@ -375,6 +375,8 @@ def instance_command(
     if rounds < 1 or threads < 1:
         _stop(BadInput(f"`--rounds` and `--threads` must be positive, found {rounds}, {threads}"))
     console = Console(highlight=False)
+    # On fewer columns figures would be cut off.
+    console.width = max(console.width, 120)
     table = Table(title="CPU time over losses.sum().backward() (median ratio), and peak MB")
     for heading in (
         "model",

@@ -721,8 +721,9 @@ class Balancer:
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
         host = HostValues(g, values, taken.extremes, taken.doubt)
-        if host.doubt:
-            taken = engine.take(*how, look=True)
+        exact = taken.leaves_range(host.gramian)
+        if host.doubt or exact:
+            taken = engine.take(*how, look=host.doubt, exact=exact)
             g = _unscaled(taken.gramian, scale)
             host = HostValues(g, values, taken.extremes)
 

@@ -767,6 +767,22 @@ def test_losses_of_any_scale() -> None:
         assert float(error.abs().max()) < 1e-9
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e22])
+@pytest.mark.parametrize(
+    "name", ["Single", "SingleConvolutions", *(["SingleLSTM"] if KNOWS_SHAPES else [])]
+)
+def test_squares_beyond_float32(name: str, scale: float) -> None:
+    model = make(name)
+    batch = model.batch()
+    opt = optimizer(model, "imtl_g")
+    for _ in range(3):
+        rows = rows_of(model, model.losses(batch) * scale)
+        opt.zero_grad()
+        opt.backward(model.losses(batch) * scale)
+        assert opt.gramian is not None
+        assert_close(opt.gramian, rows @ rows.T, 1e-6)
+
+
 # Batches.
 
 

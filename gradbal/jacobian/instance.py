@@ -20,12 +20,14 @@ from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
 from gradbal.jacobian.graph import check_dense, shared_indices
 from gradbal.jacobian.layers import Layer, find_layers, owned
 from gradbal.jacobian.owners import Codes, Owners, Reading, merged
-from gradbal.jacobian.per_instance import Outer, Part, is_half, leading, masked, parts
+from gradbal.jacobian.per_instance import Outer, Part, in_float64, is_half, leading, masked, parts
 from gradbal.jacobian.products import gramian, no_autocast
 from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
 from gradbal.jacobian.walk import Walk, walk
 
 __all__ = ["FoundInstances", "Instance"]
+
+_SAFE_SQUARES = (1e-25, 1e35)
 
 _REMEMBERED = 64
 """Structures of graphs that are remembered."""
@@ -39,6 +41,7 @@ class FoundInstances:
     extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
     parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at;
     None where there is no such row. tolerance: how far rounding may take `|d|²` from `wᵀGw`.
+    exact: whether products were in float64.
     """
 
     gramian: Tensor
@@ -46,6 +49,14 @@ class FoundInstances:
     extremes: Tensor
     doubt: Tensor | None
     tolerance: float
+    exact: bool
+
+    def leaves_range(self, host: Tensor) -> bool:
+        """Whether squares were too small or too large for float32; `host` is the Gramian there."""
+        squares = host.diagonal()
+        safe = (squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])
+        zero = squares == 0
+        return not (self.exact or bool((safe | zero).all() and safe.any()))
 
 
 @dataclass
@@ -137,6 +148,7 @@ class Instance:
         sit_out: frozenset[int],
         *,
         look: bool = False,
+        exact: bool = False,
     ) -> FoundInstances:
         """The Gramian of the gradients of `factors · losses`; the graph is kept.
 
@@ -147,6 +159,7 @@ class Instance:
             shared_parameters: those whose gradients count, or None for all that are reached.
             sit_out: instances whose row and column are left zero.
             look: find out anew which rows are whose.
+            exact: multiply in float64, where squares would leave the range of float32.
 
         Raises:
             ValueError: no parameter is reached, a sparse gradient, or instances that mix.
@@ -156,7 +169,7 @@ class Instance:
         reach = step.graph.reach(1, len(parameters))
         chosen = shared_indices(parameters, reach, shared_parameters)
         with torch.no_grad(), no_autocast(losses.device):
-            total = _Sum(len(losses), device, frozenset(chosen))
+            total = _Sum(len(losses), device, frozenset(chosen), exact)
             doubts: list[Tensor] | None = []
             if len(losses) == 1:
                 _take_one(step, total)
@@ -164,7 +177,7 @@ class Instance:
                 known = self._known_of(step, look)
                 doubts = _collect(step, known, total.add)
                 if doubts is None:
-                    total = _Sum(len(losses), device, frozenset(chosen))
+                    total = _Sum(len(losses), device, frozenset(chosen), exact)
                     _look(step, known)
                     doubts = _collect(step, known, total.add)
         g, extremes = total.shared, total.others.diagonal()
@@ -177,7 +190,9 @@ class Instance:
             self._moved = None
         doubt = torch.stack([d.to(device) for d in doubts]).any() if doubts else None
         shared = [parameters[k] for k in chosen]
-        return FoundInstances(g, shared, extremes, doubt, _tolerance(losses, shared, total.narrow))
+        tolerance = _tolerance(losses, shared, total.narrow)
+        exact = exact or losses.dtype == torch.float64
+        return FoundInstances(g, shared, extremes, doubt, tolerance, exact)
 
     def check(self, found: FoundInstances, weights: Tensor, gradients: Sequence[Tensor]) -> None:
         """Whether `|d|² = wᵀGw`, as it has to be if every row is still whose it was.
@@ -193,7 +208,10 @@ class Instance:
             ValueError: it is not.
         """
         g, w = found.gramian, weights.to(found.gramian)
-        square = torch.stack([n.to(g) for n in torch._foreach_norm(list(gradients))]).square().sum()
+        wide = [d.double() if found.exact or is_half(d) else d for d in gradients]
+        if not wide:
+            return
+        square = torch.stack([n.to(g) for n in torch._foreach_norm(wide)]).square().sum()
         largest = (w.abs() * g.diagonal().sqrt()).sum().square()
         moved = (square - w @ g @ w).abs() > found.tolerance * largest
         if g.device.type != "cpu":
@@ -254,11 +272,11 @@ class Instance:
 class _Sum:
     """The Gramian as it adds up, of the shared parameters and of the others."""
 
-    def __init__(self, n: int, device: torch.device, chosen: frozenset[int]) -> None:
+    def __init__(self, n: int, device: torch.device, chosen: frozenset[int], exact: bool) -> None:
         self.shared = torch.zeros(n, n, dtype=torch.float64, device=device)
         self.others = torch.zeros_like(self.shared)
         self.narrow = False
-        self._chosen = chosen
+        self._chosen, self.exact = chosen, exact
 
     def add(self, found: dict[int, Part], narrow: bool = False) -> None:
         """Adds the parts of one layer: a weight's, and a bias's that follows it.
@@ -268,6 +286,8 @@ class _Sum:
             narrow: whether they come from half precision.
         """
         self.narrow |= narrow
+        if self.exact:
+            found = {k: in_float64(part) for k, part in found.items()}
         apart = {k in self._chosen for k in found}
         first, *rest = found.values()
         if isinstance(first, Outer) and rest and len(apart) == 1:
@@ -451,7 +471,7 @@ def _take_one(step: _Step, total: _Sum) -> None:
     check_dense(grads, chosen)
     for k, g in zip(reached, grads, strict=True):
         if g is not None:
-            total.add_gramian(k, gramian(g.reshape(1, -1)))
+            total.add_gramian(k, gramian(g.reshape(1, -1), exact=total.exact))
 
 
 def _without(factors: Tensor, sit_out: frozenset[int]) -> Tensor:

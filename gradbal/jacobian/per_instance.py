@@ -17,7 +17,18 @@ from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm,
 from gradbal.jacobian.owners import Owners
 from gradbal.jacobian.products import BLOCK, gramian
 
-__all__ = ["Gathered", "Outer", "Part", "Table", "is_half", "leading", "masked", "parts", "wide"]
+__all__ = [
+    "Gathered",
+    "Outer",
+    "Part",
+    "Table",
+    "in_float64",
+    "is_half",
+    "leading",
+    "masked",
+    "parts",
+    "wide",
+]
 
 _PIECE = 1 << 21
 """Entries of weight gradients that are formed at a time: they are used while in the cache."""
@@ -141,6 +152,15 @@ class Table:
 
 
 Part = Gathered | Outer | Table
+
+
+def in_float64(part: Part) -> Part:
+    """The part with all that is multiplied in float64."""
+    if isinstance(part, Gathered):
+        return Gathered(part.rows.double())
+    if isinstance(part, Outer):
+        return replace(part, inputs=part.inputs.double(), gradients=part.gradients.double())
+    return replace(part, gradients=part.gradients.double())
 
 
 def masked(part: Part, taken: Tensor) -> Part:
