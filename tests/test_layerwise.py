@@ -390,7 +390,7 @@ def test_hooks_of_users_count(where: str, behind: bool) -> None:
 
 new_torch = pytest.mark.skipif(
     not hasattr(Node, "_input_metadata"),
-    reason="torch 2.4 starts no pass inside of a graph, and does not tell of hooks on saved tensors",
+    reason="torch 2.4 starts no pass inside of a graph, nor tells of hooks on saved tensors",
 )
 
 
