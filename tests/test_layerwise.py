@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.autograd.graph import Node
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
@@ -387,6 +388,12 @@ def test_hooks_of_users_count(where: str, behind: bool) -> None:
     check(losses, [*one.parameters(), *([shift] if behind else [])])
 
 
+new_torch = pytest.mark.skipif(
+    not hasattr(Node, "_input_metadata"),
+    reason="torch 2.4 starts no pass inside of a graph, nor tells of hooks on saved tensors",
+)
+
+
 def together(opt: MultiTaskOptimizer) -> bool | None:
     """Whether gradients of several losses went back in one pass; None if that was not tried."""
     return opt._balancer.engine._batches
@@ -404,6 +411,7 @@ def perceptron() -> tuple[nn.ModuleList, Callable[[nn.ModuleList], list[Tensor]]
     return model, losses
 
 
+@new_torch
 def test_losses_go_back_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_pays", lambda *_: True)
     model, losses = perceptron()
@@ -432,6 +440,7 @@ def test_losses_go_back_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 4 + 1
 
 
+@new_torch
 @pytest.mark.parametrize("heads", ["own", "weighted"])
 def test_a_hook_that_works_for_one_loss_at_a_time(
     heads: str, monkeypatch: pytest.MonkeyPatch
@@ -482,6 +491,7 @@ def test_hooks_on_parameters_run_once_on_the_result() -> None:
     torch.testing.assert_close(seen[-1], one.weight.grad)
 
 
+@new_torch
 @pytest.mark.usefixtures("every_part")
 def test_checkpointing_runs_the_layers_no_more_often_than_the_rows_do() -> None:
     model = nn.Sequential(layer(7, 6), nn.Tanh(), layer(6, 5))
@@ -547,7 +557,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_compiled_parts() -> None:
     model = nn.Sequential(layer(7, 6), nn.Tanh(), layer(6, 5))
     compiled = torch.compile(model[0], backend="aot_eager")
-    with torch._functorch.config.patch(donated_buffer=False):
+    known = hasattr(torch._functorch.config, "donated_buffer")
+    with torch._functorch.config.patch({"donated_buffer": False} if known else {}):
         check(lambda: spread(model[2](compiled(randn(4, 7)).tanh())), [*model.parameters()])
     torch._dynamo.reset()
 
