@@ -1,8 +1,8 @@
 """Every method through what happens to a run: the table method × trial.
 
 `python -m tests.test_survival` prints it. ✓: the method was trained through the trial and came out
-as it should. –: the trial is not for this method, which refuses it with an error that says why; that
-error was seen. ✗: it failed.
+as it should. –: the trial is not for this method, which refuses it with an error that says why;
+that error was seen. ✗: it failed.
 """
 
 from __future__ import annotations
@@ -134,10 +134,12 @@ def scaler(name: str) -> bool:
 
 def bf16(name: str) -> bool:
     narrow, wide = (_run(name, dtype=d) for d in (torch.bfloat16, torch.float32))
-    model, opt = narrow.trained()
+    model, _ = narrow.trained()
     twin, _ = wide.trained()
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert bool(_flat(model).isfinite().all())
+    # Entries are rounded by up to 2^-9, those of parameters by a hundredth of a step; over three
+    # steps the methods that follow differences of losses are off by up to 4 % of the way.
     _assert_near(model, twin, wide.model(), 0.1)
     return True
 
@@ -153,7 +155,11 @@ def nan(name: str) -> bool:
     before = snapshot(model, opt)
     with pytest.raises(NonFiniteError):
         run.make(model, opt, calls[0])
-    assert_same(snapshot(model, opt), before)
+    after = snapshot(model, opt)
+    if what == "step":
+        # It has cleared them before it took its own.
+        del before["gradients"], after["gradients"]
+    assert_same(after, before)
 
     run = _run(name, spoiled=spoiled, options={"nonfinite": "skip"})
     model, opt = run.trained()
@@ -191,18 +197,27 @@ def zero_row(name: str) -> bool:
         run.make(model, opt, call)
         assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     assert bool(_flat(model).isfinite().all())
-    assert not torch.equal(_flat(model), _flat(run.model()))
+    if opt.weights is None or opt.weights.tolist() != [0.0, 1.0, 0.0]:
+        # The shortest convex combination is the zero row: for `mgda` the point is stationary.
+        assert not torch.equal(_flat(model), _flat(run.model()))
     return True
 
 
 def accumulation(name: str) -> bool:
     run = _run(name, micro=True)
     made = gradbal.create(run.name, **run.keywords)
-    several = getattr(made, "n_batches", 1) > 1
-    if _steps_by_closure(name) or several or made.needs_features:
+    n = getattr(made, "n_batches", 1)
+    if _steps_by_closure(name) or n > 1 or made.needs_features:
         model, opt = run.fresh()
-        with pytest.raises(ValueError, match="accumulate|closure"):
-            opt.backward(model.losses(run.batch(0, 0)), accumulate=True)
+        z = model.trunk(run.batch(0, 0))
+        losses = targets([head(z) for head in model.heads])
+        with pytest.raises(ValueError, match=r"accumulate|call step"):
+            opt.backward(
+                losses,
+                features=z if made.needs_features else None,
+                independent=[losses] * (n - 1),
+                accumulate=True,
+            )
         return False
     # Means over halves of a batch, halved, add up to the mean over it.
     _assert_near(run.trained()[0], _run(name).trained()[0], run.model(), 1e-6)
@@ -226,20 +241,55 @@ TRIALS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def table() -> dict[str, dict[str, str]]:
-    """Method → trial → "✓", "–" or "✗ and why"."""
-    found: dict[str, dict[str, str]] = {}
+# Methods that a trial is not for, and whose refusal it sees.
+_CLOSURES = {"auto_lambda", "forum", "forum(window=2)", "marigold", "marigold(estimator=central)"}
+_CLOSURES |= {"moml", "moml(model_batch=train+val)"}
+_DOUBLE = {"modo", "modo(batches=3)", "sdmgrad"}
+NOT_FOR: dict[str, set[str]] = {
+    # torch's scaler takes no closure.
+    "scaler": _CLOSURES,
+    "T=1": {"krum", "trimmed_mean"},
+    # Each takes another way through `backward`, or none.
+    "accumulation": _CLOSURES | _DOUBLE | {"aligned_mtl_ub", "mgda_ub"},
+}
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize("name", DRIVERS)
+def test_survives(name: str, trial: str) -> None:
+    assert TRIALS[trial](name) == (name not in NOT_FOR.get(trial, ()))
+
+
+def table() -> list[list[str]]:
+    """A row for each method: its name, and for each trial "✓", "–" or "✗"."""
+    rows = []
     for name in DRIVERS:
-        found[name] = {}
+        row = [name]
         for trial, run in TRIALS.items():
             try:
-                found[name][trial] = "✓" if run(name) else "–"
-            except BaseException as e:
-                found[name][trial] = f"✗ {type(e).__name__}: {str(e)[:300]}"
-    return found
+                row.append("✓" if run(name) else "–")
+            except Exception as e:
+                row.append("✗")
+                print(f"{name}, {trial}: {type(e).__name__}: {e}", file=sys.stderr)
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    rows = table()
+    widths = [max(len(row[0]) for row in rows), *map(len, TRIALS)]
+    for row in [["", *TRIALS], *rows]:
+        cells = [row[0].ljust(widths[0]), *map(str.center, row[1:], widths[1:])]
+        print("  ".join(cells).rstrip())
+    marks = [mark for row in rows for mark in row[1:]]
+    print(
+        f"{len(rows)} methods and variants, {len(marks)} trials: {marks.count('✓')} ✓, "
+        f"{marks.count('–')} –, {marks.count('✗')} ✗"
+    )
+    return int("✗" in marks)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name, row in table().items():
-        print(name.ljust(30), {k: v for k, v in row.items() if v != "✓"})
+    sys.exit(main())
