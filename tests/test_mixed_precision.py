@@ -82,7 +82,7 @@ def test_gradients_are_those_of_one_task_at_a_time(
 STATEFUL = {
     "gramian": ["upgrad", "primary", "pcgrad", "gradvac", "gradnorm", "imtl"],
     "jacobian": ["moco", "graddrop", "db_mtl", "m_config"],
-    "scalarizer": ["rlw", "uw", "dwa", "stch", "cosmos"],
+    "scalarizer": ["rlw", "uw", "dwa", "imtl_l", "cosmos"],
 }
 OVERFLOWS = [
     (engine, name)
