@@ -298,6 +298,11 @@ class Balancer:
         """What puts everything back as it is now, but for what is gathered."""
         return remembered(self, but=("rows", "_pending"))
 
+    @property
+    def gathers(self) -> bool:
+        """Whether there are micro-batches that are not aggregated yet."""
+        return self._pending is not None
+
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
         self._pending = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -195,6 +196,9 @@ class MultiTaskOptimizer(Optimizer):
         self._taken = False
         # Whether `.grad` holds what `backward` has put there and `step` has not used yet.
         self._delivered = False
+        # What makes the aggregator what it was before gradients that a GradScaler has still to
+        # pass on, or None.
+        self._before: Callable[[], None] | None = None
 
     @property
     def weights(self) -> Tensor | None:
@@ -253,6 +257,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the wrapped optimizer's parameters."""
+        self._undo_left_out()
         self.optimizer.zero_grad(set_to_none)
         self._delivered = False
 
@@ -263,13 +268,15 @@ class MultiTaskOptimizer(Optimizer):
         # Schedulers put a patched `step` on the instance.
         state = self.__dict__.copy()
         state.pop("step", None)
+        state["_before"] = self._state_before()
         # Copies of parameters come without `.grad`.
         state["_grads"] = [p.grad for p in self._everything()] if self._delivered else []
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        grads = state.pop("_grads")
+        grads, before = state.pop("_grads"), state.pop("_before")
         self.__dict__.update(state)
+        self._set_before(before)
         if grads:
             self._set_grads(grads)
 
@@ -357,6 +364,11 @@ class MultiTaskOptimizer(Optimizer):
         else:
             absent = balancer.absent([batch, *others], single_pass)
         with self._undone_on_errors():
+            if all(p.grad is None for p in parameters):
+                # Cleared by another's `zero_grad`.
+                self._undo_left_out()
+            if scale is not None and self._before is None:
+                self._before = self.aggregator.remember()
             self._delivered = True
             self.aggregator.learning_rate = _learning_rate(self.optimizer)
             if absent is not None:
@@ -424,6 +436,7 @@ class MultiTaskOptimizer(Optimizer):
             if self._skip_step:
                 return None
             with self._undone_on_errors():
+                self._before = None
                 self._balancer.observe()
                 return self._wrapped_step()
         train = Closure(closure, self._devices())
@@ -499,12 +512,18 @@ class MultiTaskOptimizer(Optimizer):
         """
         if isinstance(self.aggregator, ClosureAggregator) and self.aggregator.looks_after:
             values = read_values(losses, self._balancer.tasks)
+            if self._undo_left_out():
+                return
             with self._undone_on_errors():
                 self.aggregator.learning_rate = _learning_rate(self.optimizer)
                 self.aggregator.update(values)
 
     def end_epoch(self) -> None:
         """Tells the aggregator that an epoch has ended; methods that do not count do nothing."""
+        if self._before is not None and self._overflowed():
+            self._undo_left_out()
+        # What comes now is not undone.
+        self._before = None
         self.aggregator.end_epoch()
 
     def diagnostics(self) -> dict[str, Any]:
@@ -562,6 +581,7 @@ class MultiTaskOptimizer(Optimizer):
         entry = {
             "format": _FORMAT,
             "aggregator": self.aggregator.state_dict(),
+            "before": self._state_before(),
             "balancer": self._balancer.state_dict([p for group in groups for p in group]),
             "shapes": [[list(p.shape) for p in group] for group in groups],
             "skipped": self._n_skipped,
@@ -614,6 +634,7 @@ class MultiTaskOptimizer(Optimizer):
         self._n_skipped = entry["skipped"]
         self._skip_step, self._spoiled = entry["skip_step"], entry["spoiled"]
         self._late = late
+        self._set_before(entry.get("before"))
         self._delivered = entry["grads"] is not None
         if self._delivered:
             self._set_grads(entry["grads"])
@@ -637,6 +658,41 @@ class MultiTaskOptimizer(Optimizer):
                     for each in put_back:
                         each()
             raise
+
+    def _undo_left_out(self) -> bool:
+        """Makes the aggregator what it was, if gradients are gone that no `step` has used: their
+        step was left out by a GradScaler, which tells nobody."""
+        # What is gathered outlasts a `zero_grad`.
+        if self._before is None or self._balancer.gathers:
+            return False
+        with interrupts_held_back():
+            self._before()
+            self._before = None
+        return True
+
+    def _state_before(self) -> dict[str, Any] | None:
+        """The aggregator's `state_dict()` as it was before such gradients."""
+        if self._before is None:
+            return None
+        now = self.aggregator.remember()
+        with interrupts_held_back():
+            self._before()
+            state = copy.deepcopy(self.aggregator.state_dict())
+            now()
+        return state
+
+    def _set_before(self, state: dict[str, Any] | None) -> None:
+        self._before = None
+        if state is not None:
+            now = self.aggregator.remember()
+            self.aggregator.load_state_dict(state)
+            self._before = self.aggregator.remember()
+            now()
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient is not finite; waits for the device."""
+        grads = [p.grad for p in self._everything() if p.grad is not None]
+        return not all(bool(g.isfinite().all()) for g in grads)
 
     def _check_entry(self, entry: dict[str, Any]) -> None:
         """Whether a checkpoint is of the same method, tasks and losses."""

@@ -1,6 +1,8 @@
 """GradScaler around the balanced gradient; on the CPU it works as on an accelerator."""
 
 import copy
+import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +16,12 @@ from tests.states import assert_same, root_at_zero
 from tests.zoo import METHODS, keywords, make, takes
 
 GRAMIAN = [name for name in METHODS if gradbal.info(name).kind == "gramian"]
-# A random scalarizer has drawn its weights before it can see the overflow.
-UNTOUCHED = [
+RANDOM = [
     name
     for name in METHODS
-    if gradbal.info(name).kind != "scalarizer" or gradbal.info(name).promises.deterministic
+    if gradbal.info(name).kind == "scalarizer" and not gradbal.info(name).promises.deterministic
 ]
+"""They have drawn before anyone sees the overflow: it is undone when the gradients are cleared."""
 
 
 def _model(aggregator: str, **options: object) -> tuple[nn.Module, MultiTaskOptimizer]:
@@ -109,7 +111,7 @@ def test_unscale_and_clip_in_between(aggregator: str) -> None:
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "drop"])
 @pytest.mark.parametrize("where", ["gradient", "loss"])
-@pytest.mark.parametrize("aggregator", UNTOUCHED)
+@pytest.mark.parametrize("aggregator", METHODS)
 def test_an_overflow_is_left_to_the_scaler(aggregator: str, where: str, nonfinite: str) -> None:
     model, opt = _model(aggregator, nonfinite=nonfinite)
     scaler = GradScaler("cpu", init_scale=1024.0)
@@ -131,6 +133,7 @@ def test_an_overflow_is_left_to_the_scaler(aggregator: str, where: str, nonfinit
     scaler.update()
     assert scaler.get_scale() == 512.0
     assert_same([model.state_dict(), opt.optimizer.state_dict()], before)
+    opt.zero_grad()
     assert_same(opt.aggregator.state_dict(), state)
 
     for m, o in ((model, opt), (twin, other)):
@@ -139,6 +142,110 @@ def test_an_overflow_is_left_to_the_scaler(aggregator: str, where: str, nonfinit
         scaler.step(o)
         scaler.update()
     assert_same(model.state_dict(), twin.state_dict())
+
+
+Pair = tuple[nn.Module, MultiTaskOptimizer]
+
+
+def _copied(pair: Pair) -> Pair:
+    return copy.deepcopy(pair)
+
+
+def _resumed(pair: Pair) -> Pair:
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in pair], file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    model, opt = _model(pair[1].aggregator.name)
+    opt.load_state_dict(states[1])
+    model.load_state_dict(states[0])
+    return model, opt
+
+
+def _cleared_by_the_model(pair: Pair) -> Pair:
+    pair[0].zero_grad()
+    # The model does not know of the method's own weights.
+    for p in pair[1].aggregator.parameters():
+        p.grad = None
+    return pair
+
+
+def _left_alone(pair: Pair) -> Pair:
+    pair[1].zero_grad()
+    return pair
+
+
+def _at_the_end_of_an_epoch(pair: Pair) -> Pair:
+    pair[1].end_epoch()
+    return pair
+
+
+def _scaled_step(pair: Pair, scaler: GradScaler, factor: float = 1.0) -> None:
+    model, opt = pair
+    opt.backward([l * factor for l in model.losses(model.batch())], grad_scaler=scaler)
+    scaler.step(opt)
+    scaler.update()
+
+
+@pytest.mark.parametrize(
+    "way", [_left_alone, _cleared_by_the_model, _copied, _resumed, _at_the_end_of_an_epoch]
+)
+@pytest.mark.parametrize("aggregator", [*RANDOM, "uw", "dwa", "upgrad", "moco", "pcgrad"])
+def test_a_run_with_an_overflow_goes_on_as_one_without(
+    aggregator: str, way: Callable[[Pair], Pair]
+) -> None:
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    pair, twin = _model(aggregator), _model(aggregator)
+    for factor in (1.0, float("inf"), 1.0):
+        if factor == 1.0:
+            twin[1].zero_grad()
+            _scaled_step(twin, scaler)
+        (way if way is _cleared_by_the_model else _left_alone)(pair)
+        _scaled_step(pair, scaler, factor)
+        if factor != 1.0:
+            assert scaler.get_scale() == 512.0
+            pair = way(pair)
+            if way is _at_the_end_of_an_epoch:
+                twin[1].end_epoch()
+    assert_same(pair[0].state_dict(), twin[0].state_dict())
+    assert_same(pair[1].aggregator.state_dict(), twin[1].aggregator.state_dict())
+
+
+@pytest.mark.parametrize("aggregator", RANDOM)
+def test_what_several_backward_passes_have_drawn_is_kept(aggregator: str) -> None:
+    pair, twin = _model(aggregator), _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for step in range(2):
+        for (model, opt), scale in ((pair, scaler), (twin, None)):
+            opt.zero_grad()
+            for part in model.batch().chunk(2):
+                opt.backward(model.losses(part), grad_scaler=scale)
+            if step == 0:
+                opt.backward(model.losses(part), accumulate=True, grad_scaler=scale)
+                opt.backward(model.losses(part), grad_scaler=scale)
+        scaler.step(pair[1])
+        scaler.update()
+        twin[1].step()
+    assert_same(pair[1].aggregator.state_dict(), twin[1].aggregator.state_dict())
+    _assert_close(pair[0], twin[0])
+
+
+def test_losses_after_a_step_that_was_left_out_teach_nothing() -> None:
+    model = make("Plain").float()
+    model.dtype = torch.float32
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "famo")
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, float("inf"), 1.0):
+        opt.zero_grad()
+        before = copy.deepcopy(opt.aggregator.state_dict())
+        _scaled_step((model, opt), scaler, factor)
+        with torch.no_grad():
+            opt.update(model.losses(model.batch()))
+        if factor == 1.0:
+            with pytest.raises(AssertionError):
+                assert_same(opt.aggregator.state_dict(), before)
+        else:
+            assert_same(opt.aggregator.state_dict(), before)
 
 
 def test_a_real_overflow_in_half_precision() -> None:
