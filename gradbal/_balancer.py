@@ -25,13 +25,16 @@ from gradbal.aggregators.base import (
     Scalarizer,
 )
 from gradbal.jacobian import (
+    Absent,
     Auto,
     Case,
     Engine,
     FoundInstances,
     GramianEngine,
     Instance,
+    Layerwise,
     Loop,
+    Reach,
     Root,
     RootsInTurn,
     Rows,
@@ -43,8 +46,10 @@ from gradbal.jacobian import (
     gradients_of,
     gramian,
     hooks_held_back,
+    reach_of,
     reached_parameters,
     shared_indices,
+    there,
     upload,
     wants_exact,
 )
@@ -59,7 +64,7 @@ class BackwardCall:
     """What one call of `backward` asks for.
 
     batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
-    sit this step out, as far as that is known before lazy losses are evaluated. accumulate: only
+    sit this batch out, as far as that is known before lazy losses are evaluated. accumulate: only
     gather, and aggregate at the next call without it. scale: 0-dim loss scale, or None; with it an
     overflow is delivered as inf. retain_graph: keep the losses' graph. features: the representation
     at which the Jacobian is taken, or None.
@@ -95,16 +100,23 @@ class _Examined(NamedTuple):
 class _Pending:
     """What a step has gathered: one batch, or several micro-batches.
 
-    values: `[T]`, the losses as the aggregator sees them. losses: `[T]`, as they are. absent: the
-    tasks that sit the step out. weights: weights and head weights, when they come before the
-    gradients. waiting: tasks whose turn it is not.
+    values: `[T]`, the losses as the aggregator sees them. losses: `[T]`, as they are. dropped: the
+    tasks that something was wrong with in any batch. missing: those that no batch was of. weights:
+    weights and head weights, when they come before the gradients. waiting: tasks whose turn it is
+    not.
     """
 
     values: Tensor
     losses: Tensor
-    absent: frozenset[int]
+    dropped: frozenset[int]
+    missing: frozenset[int] = frozenset()
     weights: tuple[Tensor, Tensor] | None = None
     waiting: frozenset[int] = frozenset()
+
+    @property
+    def absent(self) -> frozenset[int]:
+        """The tasks that sit the step out."""
+        return self.dropped | self.missing
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
@@ -112,7 +124,8 @@ class _Pending:
         return {
             "values": self.values,
             "losses": self.losses,
-            "absent": sorted(self.absent),
+            "dropped": sorted(self.dropped),
+            "missing": sorted(self.missing),
             # One pass does for both where they are the same.
             "weights": None if w is None else [w] if head_weights is w else [w, head_weights],
             "waiting": sorted(self.waiting),
@@ -125,7 +138,8 @@ class _Pending:
         return cls(
             state["values"].to(device, copy=True),
             state["losses"].to(device, copy=True),
-            frozenset(state["absent"]),
+            frozenset(state["dropped"]),
+            frozenset(state["missing"]),
             (weights[0], weights[-1]) if weights else None,
             frozenset(state["waiting"]),
         )
@@ -140,7 +154,9 @@ class Balancer:
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on. varies: whether others may come at any step.
         weights, head_weights, gramian, losses: of the last step that aggregated, or None.
-        n_steps: steps that aggregated. n_dropped: task → steps that it sat out.
+        n_steps: steps that aggregated. n_dropped, n_absent: task → steps that it sat out, since
+            something was not finite or since its loss was not there. renewed: whether the last step
+            computed weights, rather than use old ones again.
         unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
             until the step is taken.
     """
@@ -180,6 +196,13 @@ class Balancer:
         self.losses: Tensor | None = None
         self.n_steps = 0
         self.n_dropped: dict[str | int, int] = {}
+        self.n_absent: dict[str | int, int] = {}
+        self.renewed = False
+        self._missed: frozenset[int] = frozenset()
+        # Tasks that the last weights are not of.
+        self._lacking: frozenset[int] = frozenset()
+        # The trained parameters, and which of them each task reached when it was last there.
+        self._reach: tuple[list[Tensor], list[Reach | None]] | None = None
         self._pending: _Pending | None = None
         self._n_shared: int | None = None
         self._graph_seen = False
@@ -215,7 +238,7 @@ class Balancer:
         """Whether the step is one that several engines can serve: an ordinary one with rows."""
         if call.lazy or call.accumulate or call.features is not None or call.independent:
             return False
-        if not self.needs_jacobian(accumulate=False) or self.rows.pending:
+        if not self.needs_jacobian(False, call.batch.missing) or self.rows.pending:
             return False
         aggregator = self.aggregator
         return not isinstance(aggregator, GramianAggregator) or (
@@ -241,16 +264,19 @@ class Balancer:
     def absent(
         self, batches: Sequence[Losses | LazyLosses], single_pass: bool
     ) -> frozenset[int] | None:
-        """Tasks that sit this step out since their loss is not finite; None skips the step."""
+        """Tasks that sit this batch out since their loss is missing or not finite; None skips the
+        step."""
         batch = batches[0]
         if not self._reads(batch.like(), single_pass):
-            return frozenset()
-        bad = sorted({i for b in batches for i in not_finite(b.values.tolist())})
+            return batch.missing
+        found = {i for b in batches for i in not_finite(b.values.tolist())}
+        bad = sorted(found - batch.missing)
         if bad and self.nonfinite == "raise":
             raise NonFiniteError("losses", [batch.names[i] for i in bad])
-        if bad and (self.nonfinite == "skip" or len(bad) == len(batch.names)):
+        absent = batch.missing.union(bad)
+        if bad and (self.nonfinite == "skip" or len(absent) == len(batch.names)):
             return None
-        return frozenset(bad)
+        return absent
 
     def _reads(self, losses: Tensor, single_pass: bool) -> bool:
         """Whether losses are looked at before anything else.
@@ -286,13 +312,21 @@ class Balancer:
 
     def found_late(self) -> Tensor:
         """`[T]`: the last losses as the aggregator sees them; where those are finite and a weight
-        is not, the weight."""
+        is not, the weight. Zero for tasks that sat out."""
         assert self.unobserved is not None
-        values = self.unobserved[0]
+        values = _only(*self.unobserved)
         if self.weights is None:
             return values
         spoiled = values.isfinite().all() & ~self.weights.isfinite()
         return torch.where(spoiled, self.weights.to(values), values)
+
+    def losses_of_present(self) -> Tensor:
+        """`[T]`, the last losses, zero for tasks whose loss was not there."""
+        assert self.losses is not None
+        assert self.tasks is not None
+        if not self._missed:
+            return self.losses
+        return _only(self.losses, [i for i in range(len(self.tasks)) if i not in self._missed])
 
     def remember(self) -> Callable[[], None]:
         """What puts everything back as it is now, but for what is gathered."""
@@ -302,6 +336,15 @@ class Balancer:
     def gathers(self) -> bool:
         """Whether there are micro-batches that are not aggregated yet."""
         return self._pending is not None
+
+    def free_buffers(self) -> None:
+        """Gives the memory back that is kept from step to step, but for gradients that wait."""
+        if not self.rows.pending:
+            self._n_shared = self.n_shared
+            self.rows.free()
+        for engine in [self.engine] if self.auto is None else self.auto.engines:
+            if isinstance(engine, Layerwise):
+                engine.free()
 
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
@@ -321,6 +364,9 @@ class Balancer:
             "engine": None if self.auto is None else self.auto.state_dict(),
             "steps": self.n_steps,
             "dropped": dict(self.n_dropped),
+            "absent": dict(self.n_absent),
+            "lacking": sorted(self._lacking),
+            "reach": self._reach_state(parameters),
             "columns": None if self._columns is None else list(self._columns),
             "unobserved": self.unobserved and [_copy(self.unobserved[0]), self.unobserved[1]],
             "pending": None if self._pending is None else self._pending.state_dict(),
@@ -345,16 +391,32 @@ class Balancer:
         if self.auto is not None and state["engine"] is not None:
             self.auto.load_state_dict(state["engine"])
         self.n_steps = state["steps"]
-        self.n_dropped = dict(state["dropped"])
+        self.n_dropped, self.n_absent = dict(state["dropped"]), dict(state["absent"])
+        self._lacking = frozenset(state["lacking"])
+        self._reach = None
+        if state["reach"] is not None:
+            places, reach = state["reach"]
+            known = [None if row is None else tuple(c == "1" for c in row) for row in reach]
+            self._reach = [parameters[k] for k in places], known
         self._columns = None if state["columns"] is None else list(state["columns"])
         self.rows, self._pending, self.unobserved = rows, pending, unobserved
 
+    def _reach_state(self, parameters: Sequence[Tensor]) -> list[Any] | None:
+        """What is known of the tasks' reach, by the places of the parameters; a character each."""
+        if self._reach is None:
+            return None
+        place = {id(p): k for k, p in enumerate(parameters)}
+        if not all(id(p) in place for p in self._reach[0]):
+            return None
+        rows = [r if r is None else "".join("01"[yes] for yes in r) for r in self._reach[1]]
+        return [[place[id(p)] for p in self._reach[0]], rows]
+
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
         aggregator = self.aggregator
-        if not self.needs_jacobian(call.accumulate):
+        if not self.needs_jacobian(call.accumulate, call.batch.missing):
             if not call.lazy:
                 return self._single_step
-            return self._sum_step if self._knows_weights() else self._rows_step
+            return self._sum_step if self._knows_weights(call.batch.missing) else self._rows_step
         if call.features is not None:
             return self._features_step
         if call.independent:
@@ -374,14 +436,16 @@ class Balancer:
             return Rows(self.shared_params, self.engine, dtype=self.jacobian_dtype)
         return Rows(self.shared_params, dtype=self.jacobian_dtype)
 
-    def needs_jacobian(self, accumulate: bool) -> bool:
+    def needs_jacobian(self, accumulate: bool, missing: frozenset[int]) -> bool:
         """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
         if self.rows.pending:
             return True
         if isinstance(self.aggregator, Scalarizer):
-            # The weights of a sum of micro-batches are known only at the end.
-            return accumulate and not self.aggregator.linear
-        return self._refreshes()
+            # The weights of a sum of micro-batches are known only at the end, and so is who takes
+            # part where the first one lacks a task.
+            late = missing and self._pending is None and self._refreshes(missing)
+            return accumulate and (not self.aggregator.linear or bool(late))
+        return self._refreshes(missing)
 
     def check_gathers(self) -> None:
         """Whether gradients can be kept for the next call."""
@@ -391,11 +455,11 @@ class Balancer:
                 f'jacobian="{self.engine.name}"; use "loop", or one larger batch'
             )
 
-    def _knows_weights(self) -> bool:
+    def _knows_weights(self, missing: frozenset[int]) -> bool:
         """Whether a step of one pass has its weights before its losses."""
         if self._pending is not None and self._pending.weights is not None:
             return True
-        if isinstance(self.aggregator, Scalarizer) and self._refreshes():
+        if isinstance(self.aggregator, Scalarizer) and self._refreshes(missing):
             # Whom it drops changes the others' weights.
             return self.aggregator.linear and self.nonfinite != "drop"
         return True
@@ -405,9 +469,12 @@ class Balancer:
         """P, the number of shared scalars; None before the first Jacobian."""
         return self._n_shared if self.rows.width is None else self.rows.width
 
-    def _refreshes(self) -> bool:
+    def _refreshes(self, missing: frozenset[int]) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
-        return self.weights is None or self.n_steps % self.update_every == 0
+        if self.weights is None or self.n_steps % self.update_every == 0:
+            return True
+        # A task comes that they are not of; within a step it stays with those that it began with.
+        return self._pending is None and bool(self._lacking - missing)
 
     # T passes, then the aggregator on the Jacobian.
 
@@ -416,8 +483,9 @@ class Balancer:
         n_tasks = len(batch.names)
         waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting
-        roots = self._roots(batch, scale)
+        roots = self._roots(batch, scale, call.parameters)
         rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
+        self._note_reach(rows.parameters, rows.reach)
         absent = self._absent_after(call, single_pass=False)
         if absent is None:
             return False
@@ -631,7 +699,7 @@ class Balancer:
         batch, scale, aggregator = call.batch, call.scale, self.aggregator
         values, factors = self._transformed(batch)
         roots = batch.roots(_scaled(factors, scale))
-        view = Representation(call.features, [root for root, _ in roots], call.parameters)
+        view = Representation(call.features, [start for start, _ in there(roots)], call.parameters)
         rows = Rows([call.features], dtype=self.jacobian_dtype)
         rows.take(
             roots,
@@ -686,7 +754,8 @@ class Balancer:
         assert isinstance(call.batch, Losses)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
-        roots = batch.roots(_scaled(factors, scale))
+        known = self._known_reach(batch, call.parameters)
+        roots = batch.roots(_scaled(factors, scale), known)
         if isinstance(self.engine, Sketch):
             # Part of the checkpoint: a resumed run draws the same signs.
             self.engine.step = self.n_steps
@@ -694,6 +763,7 @@ class Balancer:
             roots, call.parameters, self.shared_params, call.absent, call.retain_graph
         )
         self._n_shared = sum(p.numel() for p in taken.shared)
+        self._note_reach(call.parameters, taken.reach)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
 
@@ -766,7 +836,7 @@ class Balancer:
         norms = []
         for batch in batches:
             rows = self._new_rows()
-            roots = self._roots(batch, scale)
+            roots = self._roots(batch, scale, call.parameters)
             rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
             if gathered and rows.shared != gathered[0].shared:
                 raise ValueError(
@@ -807,10 +877,10 @@ class Balancer:
         values, factors = self._transformed(batch)
         if not self._graph_seen or call.retain_graph:
             # Refuses a graph that would silently go untrained; once, as a walk is not free.
-            reached_parameters((root for root, _ in batch.roots(factors)), call.parameters)
+            self._note_reach(call.parameters, self._reach_now(batch, factors, call.parameters))
             self._graph_seen = True
         present = [i for i in range(len(batch.names)) if i not in absent]
-        refreshes = isinstance(self.aggregator, Scalarizer) and self._refreshes()
+        refreshes = isinstance(self.aggregator, Scalarizer) and self._refreshes(batch.missing)
         known = self._pending.weights if self._pending is not None else None
         weights = known or self._single_weights(values, present, refreshes)
         self._weighted_pass(call, factors, weights)
@@ -833,7 +903,7 @@ class Balancer:
         if refreshes:
             present = [i for i in range(len(values)) if i not in pending.absent]
             self._train_own_weights(pending.values, present, call.scale)
-        self._finish(*weights, None, pending.absent)
+        self._finish(*weights, None, pending.absent, refreshes)
 
     # The same where losses are evaluated one after another.
 
@@ -842,22 +912,30 @@ class Balancer:
         assert isinstance(batch, LazyLosses)
         n_tasks = len(batch.names)
         like = self._seen(batch.like())
-        refreshes = isinstance(aggregator, Scalarizer) and self._refreshes()
+        refreshes = isinstance(aggregator, Scalarizer) and self._refreshes(batch.missing)
         known = self._pending.weights if self._pending is not None else None
         put_back = aggregator.remember()
-        weights = known or self._single_weights(like, list(range(n_tasks)), refreshes)
+        present = [i for i in range(n_tasks) if i not in batch.missing]
+        weights = known or self._single_weights(like, present, refreshes)
         w, head_weights = (upload(v, like.device).to(like.dtype) for v in weights)
         if self.heads == "own":
             head_weights = torch.ones_like(like)
         reads = scale is None and self._reads(like, single_pass=True)
-        total = WeightedSum(call.parameters, self.shared_params, n_tasks)
+        before = self._known_reach(batch, call.parameters)
+        reach = [before[i] if i in batch.missing else None for i in range(n_tasks)]
+        elsewhere = {k for row in reach if row for k, yes in enumerate(row) if yes}
+        n_known = len(present) + sum(row is not None for row in reach)
+        total = WeightedSum(call.parameters, self.shared_params, n_known, elsewhere)
         roots = batch.roots(partial(self._cotangent, scale=scale))
         for i in range(n_tasks):
             root = roots.make(i)
+            if isinstance(root, Absent):
+                continue
             if not self._graph_seen:
                 reached_parameters([root[0]], call.parameters)
             if not reads or batch.is_finite(i):
                 grads = gradients_of(root, call.parameters, call.retain_graph)
+                reach[i] = tuple(g is not None for g in grads)
                 total.add(grads, w[i], head_weights[i])
                 del grads
             # Before the next one is made.
@@ -867,6 +945,7 @@ class Balancer:
         if absent is None:
             put_back()
             return False
+        self._note_reach(call.parameters, reach)
         total.deliver()
         self._conclude_pass(call, self._seen(batch.values), absent, weights, refreshes)
         return True
@@ -971,8 +1050,8 @@ class Balancer:
             chosen = {id(p) for p in self.shared_params or parameters}
             trunk = [p for p in parameters if id(p) in chosen]
             return trunk, [p for p in parameters if id(p) not in chosen]
-        roots = [root for root, _ in batch.roots(factors)]
-        reach = reached_parameters(roots, parameters)
+        reach = self._reach_now(batch, factors, parameters)
+        self._note_reach(parameters, reach)
         shared = set(shared_indices(parameters, reach, self.shared_params))
         trunk = [p for k, p in enumerate(parameters) if k in shared]
         return trunk, [p for k, p in enumerate(parameters) if k not in shared]
@@ -1009,12 +1088,44 @@ class Balancer:
         return 1.0 / losses if self.loss_transform == "log" else torch.ones_like(losses)
 
     def _roots(
-        self, batch: Losses | LazyLosses, scale: Tensor | None
-    ) -> Sequence[Root] | RootsInTurn:
+        self, batch: Losses | LazyLosses, scale: Tensor | None, parameters: Sequence[Tensor]
+    ) -> Sequence[Root | Absent] | RootsInTurn:
         """Where the T backward passes start."""
+        known = self._known_reach(batch, parameters)
         if isinstance(batch, Losses):
-            return batch.roots(_scaled(self._factors(batch.values), scale))
-        return batch.roots(partial(self._cotangent, scale=scale))
+            return batch.roots(_scaled(self._factors(batch.values), scale), known)
+        return batch.roots(partial(self._cotangent, scale=scale), known)
+
+    def _known_reach(
+        self, batch: Losses | LazyLosses, parameters: Sequence[Tensor]
+    ) -> list[Reach | None]:
+        """What each task reached when it was last there; only if one is missing."""
+        nothing: list[Reach | None] = [None] * len(batch.names)
+        return self._remembered(parameters, nothing) if batch.missing else nothing
+
+    def _remembered(
+        self, parameters: Sequence[Tensor], reach: list[Reach | None]
+    ) -> list[Reach | None]:
+        """The same with what is remembered in the place of what is not known."""
+        if self._reach is None or len(self._reach[1]) != len(reach):
+            return reach
+        if [id(p) for p in self._reach[0]] != [id(p) for p in parameters]:
+            return reach
+        return [old if new is None else new for new, old in zip(reach, self._reach[1], strict=True)]
+
+    def _reach_now(
+        self, batch: Losses, factors: Tensor, parameters: Sequence[Tensor]
+    ) -> list[Reach | None]:
+        known = self._known_reach(batch, parameters)
+        return reach_of(batch.roots(factors, known), parameters)
+
+    def _note_reach(self, parameters: list[Tensor], reach: list[Reach | None]) -> None:
+        """For steps that a task is missing from."""
+        if None in reach:
+            reach = self._remembered(parameters, reach)
+        # Of instances none is missing.
+        if not isinstance(self.engine, Instance):
+            self._reach = parameters, reach
 
     def _cotangent(self, name: str | int, loss: Tensor, scale: Tensor | None) -> Tensor:
         """What a lazy loss is multiplied by."""
@@ -1032,13 +1143,16 @@ class Balancer:
         self, batch: Losses | LazyLosses, values: Tensor, absent: frozenset[int]
     ) -> _Pending:
         """Adds a batch's losses to those of the micro-batches before it."""
-        if self._pending is None:
-            self._pending = _Pending(values, batch.values, absent)
+        pending, missing = self._pending, batch.missing
+        if pending is None:
+            self._pending = pending = _Pending(values, batch.values, absent - missing, missing)
         else:
-            self._pending.values = self._pending.values + values
-            self._pending.losses = self._pending.losses + batch.values
-            self._pending.absent = self._pending.absent | absent
-        return self._pending
+            lacks = pending.missing, missing
+            pending.values = _sum(pending.values, values, *lacks)
+            pending.losses = _sum(pending.losses, batch.values, *lacks)
+            pending.dropped = pending.dropped | (absent - missing)
+            pending.missing = pending.missing & missing
+        return pending
 
     def _finish(
         self,
@@ -1046,6 +1160,7 @@ class Balancer:
         head_weights: Tensor,
         g: Tensor | None,
         absent: frozenset[int],
+        renewed: bool = True,
     ) -> None:
         assert self._pending is not None
         assert self.tasks is not None
@@ -1057,9 +1172,13 @@ class Balancer:
         self.gramian, self.losses = g, losses
         present = [i for i in range(len(losses)) if i not in absent]
         self.unobserved = self._pending.values, present
+        missing = self._pending.missing
         for i in absent:
-            name = self.tasks[i]
-            self.n_dropped[name] = self.n_dropped.get(name, 0) + 1
+            counts, name = self.n_absent if i in missing else self.n_dropped, self.tasks[i]
+            counts[name] = counts.get(name, 0) + 1
+        self.renewed, self._missed = renewed, missing
+        if renewed:
+            self._lacking = missing
         self.n_steps += 1
         self.give_up_pending()
 
@@ -1074,6 +1193,15 @@ def _rows_of(rows: Tensor, present: list[int]) -> Tensor:
     """What belongs to the tasks that take part. The row of one that sits out may hold NaN, which no
     weight takes away; where all take part nothing is copied, nor an index sent to the device."""
     return rows if len(present) == len(rows) else rows[present]
+
+
+def _sum(a: Tensor, b: Tensor, a_lacks: frozenset[int], b_lacks: frozenset[int]) -> Tensor:
+    """`a + b [T]`, of which either may lack entries that the other has."""
+    if not (a_lacks or b_lacks):
+        return a + b
+    pairs = enumerate(zip(a.unbind(), b.unbind(), strict=True))
+    parts = [y if i in a_lacks else x if i in b_lacks else x + y for i, (x, y) in pairs]
+    return torch.stack(parts)
 
 
 def _only(weights: Tensor, present: list[int]) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradbal._lazy import are_functions
-from gradbal._losses import Names
+from gradbal._lazy import LazyLosses, are_functions
+from gradbal._losses import Losses, Names
 from gradbal.aggregators._arguments import one_of
 from gradbal.aggregators.base import (
     Aggregator,
@@ -26,6 +26,7 @@ from gradbal.jacobian import WITHOUT_ROWS, Engine, RowsEngine
 from gradbal.registry import create
 
 __all__ = [
+    "check_all_there",
     "check_call",
     "check_closures",
     "check_fit",
@@ -201,6 +202,17 @@ def check_jacobian_dtype(dtype: Any, jacobian: str, optimizer: Optimizer) -> Non
         )
 
 
+def check_all_there(aggregator: Aggregator, batches: Sequence[Losses | LazyLosses]) -> None:
+    """Whether no loss is None, for a method that cannot do without."""
+    found = sorted({i for batch in batches for i in batch.missing})
+    if found:
+        raise ValueError(
+            f"{aggregator.name!r} compares batches loss by loss: every loss must be there, found "
+            f"None for task {', '.join(repr(batches[0].names[i]) for i in found)}; leave such a "
+            "step out"
+        )
+
+
 def check_call(
     aggregator: Aggregator,
     features: Any,
@@ -276,6 +288,13 @@ def check_in_closure(aggregator: Aggregator, losses: Any) -> None:
             f"{aggregator.name!r} needs all losses at once: the closure must return the losses, "
             "found functions"
         )
+    if looks or isinstance(aggregator, BilevelAggregator):
+        found = [*losses.values()] if isinstance(losses, Mapping) else losses
+        if isinstance(found, list | tuple) and any(loss is None for loss in found):
+            raise ValueError(
+                f"{aggregator.name!r} needs all losses at every step, found None for "
+                f"{sum(loss is None for loss in found)} of {len(found)}; leave such a step out"
+            )
 
 
 def check_closures(aggregator: Aggregator, closure: Any, val_closure: Any) -> None:

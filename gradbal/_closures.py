@@ -15,7 +15,7 @@ from gradbal._lazy import evaluated
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
 from gradbal._undo import interrupts_held_back
-from gradbal.jacobian import check_dense, gradients, hooks_held_back
+from gradbal.jacobian import check_dense, gradients, hooks_held_back, there
 
 __all__ = ["Closure", "Evaluations", "length", "read_values"]
 
@@ -23,7 +23,7 @@ Source = Literal["train", "validation"]
 
 
 def read_values(losses: object, names: Names | None) -> Tensor:
-    """`[T]`, the values of losses that need no graph, in the order of the first step.
+    """`[T]`, the values of losses that need no graph, in the order of the first step; NaN for None.
 
     Raises:
         TypeError: not a list, tuple, dict or 1-D tensor of numbers.
@@ -46,7 +46,12 @@ def read_values(losses: object, names: Names | None) -> Tensor:
         expected = "at least one loss" if names is None else f"the losses of {list(names)}"
         raise ValueError(f"{expected} are required, found {list(found)}")
     wide = torch.float64
-    values = [p.detach() if isinstance(p, Tensor) else torch.tensor(p, dtype=wide) for p in parts]
+    values = [
+        p.detach()
+        if isinstance(p, Tensor)
+        else torch.tensor(float("nan") if p is None else p, dtype=wide)
+        for p in parts
+    ]
     if any(value.dim() for value in values):
         raise ValueError(f"losses must be scalars, found shapes {[list(v.shape) for v in values]}")
     return torch.stack(values)
@@ -260,7 +265,7 @@ class Evaluations:
     ) -> tuple[Tensor, Tensor]:
         """`ℓ [T]` and `∇ Σ w_i ℓ_i [P]`, by one forward and one backward pass."""
         batch = self._with_graph(source)
-        roots, cotangents = zip(*batch.roots(weights.to(batch.values)), strict=True)
+        roots, cotangents = zip(*there(batch.roots(weights.to(batch.values))), strict=True)
         gradient = self._flat(self._gradients(roots, cotangents))
         self._check_finite(gradient.abs().amax(), "gradients", source)
         return batch.values, gradient
@@ -268,7 +273,7 @@ class Evaluations:
     def jacobian(self, source: Source = "train") -> Tensor:
         """`[T, P]`, by T backward passes."""
         batch = self._with_graph(source)
-        roots = batch.roots(torch.ones_like(batch.values))
+        roots = there(batch.roots(torch.ones_like(batch.values)))
         rows = torch.stack([self._flat(self._gradients(root, c)) for root, c in roots])
         self._check_finite(rows.abs().amax(1), "gradients", source)
         return rows

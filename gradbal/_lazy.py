@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradbal._losses import Names, check_loss, check_names, in_order
-from gradbal.jacobian import Root
+from gradbal._losses import Names, check_loss, check_names, in_order, stacked
+from gradbal.jacobian import Absent, Reach, Root
 
 __all__ = ["LazyLosses", "are_functions", "evaluated", "read_functions"]
 
@@ -23,34 +23,44 @@ class LazyLosses:
 
     Args:
         names: of the tasks, in the order of evaluation.
-        functions: T of them, without arguments.
+        functions: T of them, without arguments; None for a task that is missing, not for all.
+
+    Attributes:
+        missing: tasks that are absent from this batch.
     """
 
-    def __init__(self, names: Names, functions: Sequence[Function]) -> None:
+    def __init__(self, names: Names, functions: Sequence[Function | None]) -> None:
         self.names = names
+        self.missing = frozenset(i for i, f in enumerate(functions) if f is None)
         self._functions = functions
-        self._values: list[Tensor] = []
+        self._values: dict[int, Tensor] = {}
         self._first: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
-        """`[T]`, detached, once all functions have been called."""
-        assert len(self._values) == len(self.names)
-        return torch.stack(self._values)
+        """`[T]`, detached, NaN for missing tasks; once all functions have been called."""
+        assert len(self._values) + len(self.missing) == len(self.names)
+        return stacked([self._values.get(i) for i in range(len(self.names))])
 
     def like(self) -> Tensor:
         """Ones `[T]` with the losses' dtype and device; calls the first function."""
         if not self._values:
-            self._first = self._evaluate(0)
-        return torch.ones_like(self._values[0]).repeat(len(self.names))
+            first = next(i for i in range(len(self.names)) if i not in self.missing)
+            self._first = self._evaluate(first)
+        return torch.ones_like(next(iter(self._values.values()))).repeat(len(self.names))
 
-    def roots(self, cotangent: Callable[[str | int, Tensor], Tensor]) -> LazyRoots:
+    def roots(
+        self,
+        cotangent: Callable[[str | int, Tensor], Tensor],
+        known: Sequence[Reach | None] | None = None,
+    ) -> LazyRoots:
         """Where the backward passes start, each to be asked for when the one before is done.
 
         Args:
             cotangent: what a loss is multiplied by, from the task's name and its detached value.
+            known: for each of T tasks what it reached before, for those that are missing.
         """
-        return LazyRoots(self, cotangent)
+        return LazyRoots(self, cotangent, known)
 
     def take(self, i: int) -> tuple[Tensor, Tensor]:
         """The loss of task i with its graph, for the caller alone, and its value."""
@@ -64,16 +74,17 @@ class LazyLosses:
         return bool(self._values[i].isfinite())
 
     def _evaluate(self, i: int) -> Tensor:
-        name = self.names[i]
+        name, function = self.names[i], self._functions[i]
+        assert function is not None
         with torch.enable_grad():
-            loss = self._functions[i]()
+            loss = function()
         check_loss(name, loss)
-        if self._values and loss.device != self._values[0].device:
+        device = next(iter(self._values.values()), loss).device
+        if loss.device != device:
             raise ValueError(
-                f"losses must be on one device, found {self._values[0].device} and {loss.device} "
-                f"for task {name!r}"
+                f"losses must be on one device, found {device} and {loss.device} for task {name!r}"
             )
-        self._values.append(loss.detach())
+        self._values[i] = loss.detach()
         return loss
 
 
@@ -81,16 +92,23 @@ class LazyRoots:
     """The roots of lazy losses, which are evaluated when they are made."""
 
     def __init__(
-        self, losses: LazyLosses, cotangent: Callable[[str | int, Tensor], Tensor]
+        self,
+        losses: LazyLosses,
+        cotangent: Callable[[str | int, Tensor], Tensor],
+        known: Sequence[Reach | None] | None = None,
     ) -> None:
+        self.missing = losses.missing
         self._losses = losses
         self._cotangent = cotangent
+        self._known = known
 
     def __len__(self) -> int:
         return len(self._losses.names)
 
-    def make(self, i: int) -> Root:
+    def make(self, i: int) -> Root | Absent:
         """The loss of task i, with what it is multiplied by."""
+        if i in self.missing:
+            return Absent(self._known[i] if self._known else None)
         loss, value = self._losses.take(i)
         return loss, self._cotangent(self._losses.names[i], value).to(loss.dtype)
 
@@ -124,7 +142,7 @@ def read_functions(losses: object, names: Names | None) -> LazyLosses | None:
         functions = list(losses)
         found = tuple(range(len(functions)))
     for name, function in zip(found, functions, strict=True):
-        if not callable(function):
+        if function is not None and not callable(function):
             raise TypeError(
                 "losses must be all tensors or all functions, found "
                 f"{type(function).__name__} for task {name!r} beside functions"
@@ -138,5 +156,5 @@ def evaluated(losses: Any) -> Any:
     if not are_functions(losses):
         return losses
     if isinstance(losses, Mapping):
-        return {name: function() for name, function in losses.items()}
-    return [function() for function in losses]
+        return {name: None if f is None else f() for name, f in losses.items()}
+    return [None if f is None else f() for f in losses]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradbal.jacobian import hooks_held_back, upload
+from gradbal.jacobian import Absent, Reach, Root, hooks_held_back, there, upload
 
 __all__ = [
     "Losses",
@@ -20,6 +20,7 @@ __all__ = [
     "in_order",
     "read_instances",
     "read_losses",
+    "stacked",
 ]
 
 Names = tuple[str | int, ...]
@@ -32,19 +33,23 @@ _EDGES_ARE_ROOTS = hasattr(Node, "_input_metadata")
 class Losses:
     """T losses.
 
-    names: keys of the dict, or 0 … T − 1. values: `[T]`, detached. tensors: the T 0-dim losses, or
-    the one 1-D tensor that holds them all.
+    names: keys of the dict, or 0 … T − 1. values: `[T]`, detached; NaN for a task that is missing.
+    tensors: the T 0-dim losses, None for a task that is missing; or the one 1-D tensor that holds
+    them all. missing: tasks that are absent from this batch.
     """
 
     names: Names
     values: Tensor
-    tensors: list[Tensor] | Tensor
+    tensors: list[Tensor | None] | Tensor
+    missing: frozenset[int] = frozenset()
 
     def like(self) -> Tensor:
         """`[T]`, with the losses' dtype and device."""
         return self.values
 
-    def roots(self, cotangents: Tensor) -> list[tuple[Tensor | GradientEdge, Tensor]]:
+    def roots(
+        self, cotangents: Tensor, known: Sequence[Reach | None] | None = None
+    ) -> list[Root | Absent]:
         """Where each loss's own backward pass starts, and with which cotangent.
 
         A 1-D tensor made by `torch.stack` is taken apart again: a pass from one of its pieces does
@@ -52,13 +57,17 @@ class Losses:
 
         Args:
             cotangents: `[T]`, what each loss is multiplied by.
+            known: for each of T tasks what it reached before, for those that are missing.
         """
         if isinstance(self.tensors, list):
-            parts = cotangents.unbind()
-            return [(l, c.to(l.dtype)) for l, c in zip(self.tensors, parts, strict=True)]
+            pairs = zip(self.tensors, cotangents.unbind(), strict=True)
+            return [
+                Absent(known[i] if known else None) if l is None else (l, c.to(l.dtype))
+                for i, (l, c) in enumerate(pairs)
+            ]
         edges = _stacked_edges(self.tensors)
         if edges is not None:
-            result: list[tuple[Tensor | GradientEdge, Tensor]] = []
+            result: list[Root | Absent] = []
             for edge, c in zip(edges, cotangents.unbind(), strict=True):
                 piece = edge.node._input_metadata[edge.output_nr]
                 result.append((edge, c.to(piece.dtype)))
@@ -83,7 +92,7 @@ class Losses:
             torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)
             return
         pairs = [pair for i, pair in enumerate(self.roots(weights)) if i not in absent]
-        roots, cotangents = zip(*pairs, strict=True)
+        roots, cotangents = zip(*there(pairs), strict=True)
         if isinstance(self.tensors, list):
             torch.autograd.backward(roots, cotangents, retain_graph, inputs=inputs)
             return
@@ -99,13 +108,14 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     """Checks the losses of one step.
 
     Args:
-        losses: a list, tuple or dict of T 0-dim tensors, or a 1-D tensor.
+        losses: a list, tuple or dict of T 0-dim tensors, None in place of one that is missing; or a
+            1-D tensor.
         names: the tasks of the steps before, or None at the first.
 
     Raises:
         TypeError: not such a collection, or a loss is not a floating-point tensor.
-        ValueError: no losses, a loss that is not a scalar or has no graph, losses on several
-            devices, other tasks than before.
+        ValueError: no losses, or None alone, a loss that is not a scalar or has no graph, losses on
+            several devices, other tasks than before.
     """
     if isinstance(losses, Tensor):
         return _read_vector(losses, names)
@@ -123,15 +133,33 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         )
     if not tensors:
         raise ValueError("losses must have at least one entry, found none")
+    missing = frozenset(i for i, loss in enumerate(tensors) if loss is None)
+    if len(missing) == len(tensors):
+        raise ValueError(
+            f"at least one loss must be there, found None for all {len(tensors)} tasks; leave "
+            "such a step out"
+        )
     for name, loss in zip(found, tensors, strict=True):
-        check_loss(name, loss)
-    devices = {l.device for l in tensors}
+        if loss is not None:
+            check_loss(name, loss)
+    present = [l for l in tensors if l is not None]
+    devices = {l.device for l in present}
     if len(devices) > 1:
         raise ValueError(
             f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"
         )
     check_names(found, names)
-    return Losses(found, torch.stack([l.detach() for l in tensors]), tensors)
+    return Losses(found, stacked(tensors), tensors, missing)
+
+
+def stacked(losses: Sequence[Tensor | None]) -> Tensor:
+    """`[T]`, detached, NaN for None; at least one is not."""
+    present = [l.detach() for l in losses if l is not None]
+    if len(present) == len(losses):
+        return torch.stack(present)
+    first = present[0]
+    nan = torch.full_like(first, float("nan"))
+    return torch.stack([nan if l is None else l.detach() for l in losses])
 
 
 def read_instances(losses: object, names: Names | None) -> Losses:

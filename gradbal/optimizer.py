@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checkpoint import check_groups, completed, pack, put_back_on_error, unpack
 from gradbal._checks import (
+    check_all_there,
     check_call,
     check_closures,
     check_fit,
@@ -255,9 +256,18 @@ class MultiTaskOptimizer(Optimizer):
         """Adds a group to the wrapped optimizer."""
         self.optimizer.add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of the wrapped optimizer's parameters."""
+    def zero_grad(self, set_to_none: bool = True, *, free_buffers: bool = False) -> None:
+        """Clears the gradients of the wrapped optimizer's parameters.
+
+        Args:
+            set_to_none: as in torch.
+            free_buffers: give back the memory of the Jacobian as well, which is otherwise kept from
+                step to step; the next `backward` takes it anew. Gradients that wait after
+                `accumulate=True` stay.
+        """
         self._undo_left_out()
+        if free_buffers:
+            self._balancer.free_buffers()
         self.optimizer.zero_grad(set_to_none)
         self._delivered = False
 
@@ -285,11 +295,11 @@ class MultiTaskOptimizer(Optimizer):
     @_not_compiled
     def backward(
         self,
-        losses: Sequence[Tensor]
-        | Mapping[str, Tensor]
+        losses: Sequence[Tensor | None]
+        | Mapping[str, Tensor | None]
         | Tensor
-        | Sequence[Callable[[], Tensor]]
-        | Mapping[str, Callable[[], Tensor]],
+        | Sequence[Callable[[], Tensor] | None]
+        | Mapping[str, Callable[[], Tensor] | None],
         *,
         features: Tensor | None = None,
         independent: Sequence[Any] = (),
@@ -308,7 +318,12 @@ class MultiTaskOptimizer(Optimizer):
                 as a list, tuple or dict: each is called once, in the order of the first step, right
                 before its own backward pass, and its graph is freed before the next is called. Then
                 one task's activations are there at a time, and turns and weights that do not depend
-                on the losses are settled before any is known.
+                on the losses are settled before any is known. None in place of a loss or function,
+                at least one of which must be there: the task is absent from this batch. It sits
+                the step out and its state waits; over micro-batches it takes part with those that
+                it is in. Its entry in `losses` is NaN, and `diagnostics()` counts it. What it
+                reaches is as it was when it last was there. With `update_every`, weights are
+                computed anew when a task comes that they are not of.
             features: z, the representation that the heads start from, for the methods that work
                 there (`mgda_ub`, `aligned_mtl_ub`, ...) and any other that works on the Gramian.
                 The Jacobian is then taken at z, flattened over batch and features; one pass goes on
@@ -351,16 +366,17 @@ class MultiTaskOptimizer(Optimizer):
             for each in (batch, *others):
                 if not isinstance(each, LazyLosses):
                     check_positive(each.names, each.values)
-        single_pass = not balancer.needs_jacobian(accumulate)
+        check_all_there(self.aggregator, (batch, *others) if others else ())
+        single_pass = not balancer.needs_jacobian(accumulate, batch.missing)
         if accumulate and not single_pass:
             balancer.check_gathers()
         scale = absent = None
         if grad_scaler is not None and grad_scaler.is_enabled():
             # From here on an overflow is the scaler's to deal with.
-            scale, absent = grad_scaler.scale(torch.ones((), device=like.device)), frozenset[int]()
+            scale, absent = grad_scaler.scale(torch.ones((), device=like.device)), batch.missing
         elif lazy:
             # They are not known yet.
-            absent = frozenset()
+            absent = batch.missing
         else:
             absent = balancer.absent([batch, *others], single_pass)
         with self._undone_on_errors():
@@ -453,7 +469,7 @@ class MultiTaskOptimizer(Optimizer):
         # Before the closure is asked again, so that it is always the same objective.
         self._balancer.observe()
         # Steps that use weights again (update_every) have nothing to learn from.
-        renewed = (self._balancer.n_steps - 1) % self._balancer.update_every == 0
+        renewed = self._balancer.renewed
         looking = aggregator if isinstance(aggregator, ClosureAggregator) and renewed else None
         if looking is not None and looking.looks_around:
             self._look_around(looking, train, losses)
@@ -501,11 +517,13 @@ class MultiTaskOptimizer(Optimizer):
         return found
 
     @_not_compiled
-    def update(self, losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor) -> None:
+    def update(
+        self, losses: Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+    ) -> None:
         """The losses after the step, for methods that look again; the others do nothing.
 
         Args:
-            losses: T scalars, as in `backward`; a graph is not needed.
+            losses: T scalars, as in `backward`, None for an absent task; a graph is not needed.
 
         Raises:
             TypeError, ValueError: not the losses of the same tasks.
@@ -532,8 +550,9 @@ class MultiTaskOptimizer(Optimizer):
         Returns:
             engine (what took the last gradients); fallback (why that was the loop although "vmap"
             was asked for, or None); tasks; steps (calls of `backward` that aggregated); skipped
-            (steps left out); dropped (task → steps it sat out); shared (number of shared scalars,
-            None before the first Jacobian); weights, losses, gradient_norms `[T]` and cosines
+            (steps left out); dropped (task → steps it sat out, not being finite); absent (task →
+            steps it sat out, its loss being None); shared (number of shared scalars, None before
+            the first Jacobian); weights, losses, gradient_norms `[T]` and cosines
             `[T, T]` as nested lists, None where a method has none; conflicts, the pairs of tasks
             with a negative cosine.
         """
@@ -553,6 +572,7 @@ class MultiTaskOptimizer(Optimizer):
             "steps": balancer.n_steps,
             "skipped": self._n_skipped,
             "dropped": dict(balancer.n_dropped),
+            "absent": dict(balancer.n_absent),
             "shared": balancer.n_shared,
             "weights": None if self.weights is None else self.weights.tolist(),
             "losses": None if self.losses is None else self.losses.tolist(),
@@ -824,7 +844,7 @@ class MultiTaskOptimizer(Optimizer):
         if self.losses is None:
             return losses, torch.zeros(())
         w = torch.ones_like(self.losses) if self.weights is None else self.weights.to(self.losses)
-        return losses, (w * self.losses).sum()
+        return losses, (w * self._balancer.losses_of_present()).sum()
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:

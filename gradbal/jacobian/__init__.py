@@ -15,12 +15,16 @@ from gradbal.jacobian.engines import (
     RowsEngine,
 )
 from gradbal.jacobian.graph import (
+    Absent,
+    Reach,
     Root,
     RootsInTurn,
     check_dense,
     hooks_held_back,
+    reach_of,
     reached_parameters,
     shared_indices,
+    there,
 )
 from gradbal.jacobian.instance import FoundInstances, Instance
 from gradbal.jacobian.layerwise import Layerwise
@@ -46,6 +50,7 @@ __all__ = [
     "ENGINES",
     "SMALL",
     "WITHOUT_ROWS",
+    "Absent",
     "Auto",
     "Case",
     "Engine",
@@ -56,6 +61,7 @@ __all__ = [
     "Kept",
     "Layerwise",
     "Loop",
+    "Reach",
     "Root",
     "RootsInTurn",
     "Rows",
@@ -72,8 +78,10 @@ __all__ = [
     "gradients_of",
     "gramian",
     "hooks_held_back",
+    "reach_of",
     "reached_parameters",
     "shared_indices",
+    "there",
     "upload",
     "wants_exact",
 ]

@@ -152,6 +152,11 @@ class Auto:
         """Whether the trial is over."""
         return self._settled is not None
 
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that were worth a try in the last step."""
+        return list(self._engines)
+
     @contextlib.contextmanager
     def engine_of_step(self, case: Case) -> Iterator[Engine]:
         """The engine to use within, timed if there is a trial. A step that fails does not count."""

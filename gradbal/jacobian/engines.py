@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from gradbal.jacobian.blocks import Block
-from gradbal.jacobian.graph import Root
+from gradbal.jacobian.graph import Absent, Reach, Root
 from gradbal.jacobian.instance import Instance
 
 __all__ = [
@@ -69,12 +69,14 @@ class Found:
 
     gramian: `[T, T]`, float64, on the device; zero for tasks that sit out. extremes: `[T]`, for
     each task an entry that is not finite where a gradient of its own parameters is not. shared: the
-    shared parameters. kept: where a backward pass is not needed any more; otherwise None.
+    shared parameters. reach: for each task, which parameters it reaches, as far as that is known.
+    kept: where a backward pass is not needed any more; otherwise None.
     """
 
     gramian: Tensor
     extremes: Tensor
     shared: list[Tensor]
+    reach: list[Reach | None]
     kept: Kept | None = None
 
 
@@ -86,7 +88,7 @@ class GramianEngine(Protocol):
 
     def take(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root | Absent],
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
@@ -98,7 +100,7 @@ class GramianEngine(Protocol):
             roots: for each of T losses, where its backward pass starts and with which cotangent.
             parameters: n leaf tensors that require grad.
             shared_parameters: an explicit set of shared ones, or None to detect them.
-            sit_out: tasks whose row and column are left zero.
+            sit_out: tasks whose row and column are left zero; those that are absent among them.
             retain_graph: keep the graph even where no other pass has to follow.
 
         Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from gradbal.jacobian.compiled import (
 )
 
 __all__ = [
+    "Absent",
     "Reach",
     "Root",
     "RootsInTurn",
@@ -25,9 +27,11 @@ __all__ = [
     "common_kind",
     "hooks_held_back",
     "only_reached",
+    "reach_of",
     "reached_parameters",
     "refuse_reentrant",
     "shared_indices",
+    "there",
 ]
 
 Reach = tuple[bool, ...]
@@ -37,12 +41,27 @@ Root = tuple[Tensor | GradientEdge, Tensor]
 """Where a loss's backward pass starts, and with which cotangent."""
 
 
+@dataclass(frozen=True)
+class Absent:
+    """Stands for the root of a loss that is not there.
+
+    reach: what the loss reached when it was last there; None where that is not known.
+    """
+
+    reach: Reach | None = None
+
+
 class RootsInTurn(Protocol):
-    """Roots that are made one after another, each when the pass before is done."""
+    """Roots that are made one after another, each when the pass before is done.
+
+    missing: tasks whose loss is not there.
+    """
+
+    missing: frozenset[int]
 
     def __len__(self) -> int: ...
 
-    def make(self, i: int) -> Root:
+    def make(self, i: int) -> Root | Absent:
         """The root of task i; called once for each, in order."""
         ...
 
@@ -103,6 +122,18 @@ def reached_parameters(
     return result
 
 
+def there(roots: Sequence[Root | Absent]) -> list[Root]:
+    """The roots of the losses that are there."""
+    return [root for root in roots if not isinstance(root, Absent)]
+
+
+def reach_of(roots: Sequence[Root | Absent], parameters: Sequence[Tensor]) -> list[Reach | None]:
+    """Which parameters each of T losses reaches, as far as that is known: read from the graph where
+    a loss is there."""
+    found = iter(reached_parameters((start for start, _ in there(roots)), parameters))
+    return [root.reach if isinstance(root, Absent) else next(found) for root in roots]
+
+
 def only_reached(
     root: Tensor | GradientEdge,
     parameters: Sequence[Tensor],
@@ -134,16 +165,21 @@ def _ends(edge: GradientEdge) -> tuple[Node | None, int]:
 
 
 def shared_indices(
-    parameters: Sequence[Tensor], reach: Sequence[Reach], explicit: Sequence[Tensor] | None
+    parameters: Sequence[Tensor],
+    reach: Sequence[Reach | None],
+    explicit: Sequence[Tensor] | None,
 ) -> list[int]:
     """Indices of the parameters that two or more losses reach (of all, when there is one loss).
+
+    Losses of which it is not known what they reach do not count.
 
     Raises:
         ValueError: there are none.
     """
-    counts = [sum(column) for column in zip(*reach, strict=True)]
+    known = [row for row in reach if row is not None]
+    counts = [sum(column) for column in zip(*known, strict=True)]
     if explicit is None:
-        needed = min(2, len(reach))
+        needed = min(2, len(known))
         shared = [k for k, count in enumerate(counts) if count >= needed]
     else:
         chosen = {id(p) for p in explicit}

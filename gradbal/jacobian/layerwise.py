@@ -12,7 +12,14 @@ from torch import Tensor
 from gradbal.jacobian.columns import Columns
 from gradbal.jacobian.engines import Found, Kept
 from gradbal.jacobian.frontier import Entered, find_frontier
-from gradbal.jacobian.graph import Root, common_kind, hooks_held_back, shared_indices
+from gradbal.jacobian.graph import (
+    Absent,
+    Reach,
+    Root,
+    common_kind,
+    hooks_held_back,
+    shared_indices,
+)
 from gradbal.jacobian.products import combine
 from gradbal.jacobian.rows import deliver, largest_entries
 from gradbal.jacobian.together import enters_as_one
@@ -43,7 +50,7 @@ class Layerwise:
 
     def take(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root | Absent],
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
@@ -55,7 +62,7 @@ class Layerwise:
             roots: for each of T losses, where its backward pass starts and with which cotangent.
             parameters: n leaf tensors that require grad.
             shared_parameters: an explicit set of shared ones, or None to detect them.
-            sit_out: tasks whose row and column are left zero.
+            sit_out: tasks whose row and column are left zero; those that are absent among them.
             retain_graph: keep the graph after the last pass.
 
         Raises:
@@ -63,34 +70,42 @@ class Layerwise:
                 a sparse gradient.
         """
         parameters = list(parameters)
-        graph = walk([root for root, _ in roots], parameters)
-        reach = graph.reach(len(roots), len(parameters))
+        starts = {i: root for i, root in enumerate(roots) if not isinstance(root, Absent)}
+        graph = walk([start for start, _ in starts.values()], parameters)
+        found = dict(zip(starts, graph.reach(len(starts), len(parameters)), strict=True))
+        reach: list[Reach | None] = [
+            root.reach if isinstance(root, Absent) else found[i] for i, root in enumerate(roots)
+        ]
         shared = shared_indices(parameters, reach, shared_parameters)
+        # What absent tasks alone reach gets nothing.
+        shared = [k for k in shared if k in graph.leaves]
         device, dtype = common_kind([parameters[k] for k in shared])
         columns = Columns(graph, parameters, shared, len(roots))
         # Half precision is the parameters' own, not that of sums.
         dtype = torch.promote_types(dtype, torch.float32)
         rows = self._rows(len(roots), columns.width, dtype, device)
         heads: list[dict[int, Tensor]] = [{} for _ in roots]
-        present = [i for i in range(len(roots)) if i not in sit_out]
+        present = [i for i in starts if i not in sit_out]
+        # Among the losses that are there.
+        places = [n for n, i in enumerate(starts) if i not in sit_out]
         with hooks_held_back(parameters):
             frontier = None
             # Gradients of all losses at once are held beside the rows.
             if self._batches is not False and 4 * columns.n_loose <= columns.width:
-                frontier = find_frontier(roots, parameters)
+                frontier = find_frontier([*starts.values()], parameters)
             if (
                 frontier is not None
                 and sorted(frontier.shared) == sorted(shared)
-                and enters_as_one(frontier, present)
+                and enters_as_one(frontier, places)
             ):
-                entered = [frontier.walk(i, retain_graph=retain_graph) for i in present]
+                entered = [frontier.walk(n, retain_graph=retain_graph) for n in places]
                 self._go_together([rows[i] for i in present], columns, entered, retain_graph)
                 for i, each in zip(present, entered, strict=True):
                     heads[i] = each.heads
             else:
                 for i in present:
                     keep = retain_graph or i != present[-1]
-                    heads[i] = columns.fill(rows[i], *roots[i], keep)
+                    heads[i] = columns.fill(rows[i], *starts[i], keep)
         for i in sit_out:
             rows[i].zero_()
 
@@ -111,6 +126,7 @@ class Layerwise:
             columns.gramian(rows),
             largest_entries(heads, device),
             chosen,
+            reach,
             Kept(rows, partial(columns.gramian, rows, exact=True), send),
         )
 
@@ -151,6 +167,10 @@ class Layerwise:
         ):
             self._buffer = buffer = torch.empty(n_rows, width, dtype=dtype, device=device)
         return buffer
+
+    def free(self) -> None:
+        """Gives up the memory of the rows."""
+        self._buffer = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_buffer": None}

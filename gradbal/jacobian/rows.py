@@ -12,6 +12,7 @@ from torch import Tensor
 from gradbal.jacobian.blocks import Block
 from gradbal.jacobian.engines import RowsEngine
 from gradbal.jacobian.graph import (
+    Absent,
     Reach,
     Root,
     RootsInTurn,
@@ -19,6 +20,7 @@ from gradbal.jacobian.graph import (
     common_kind,
     hooks_held_back,
     only_reached,
+    reach_of,
     reached_parameters,
     shared_indices,
 )
@@ -37,11 +39,11 @@ class _Layout:
     shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
     views: for each task, the parts of its row, in the parameters' shapes, and the index of each
     part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
-    reached: for each task, indices of all that it reaches.
+    reached: for each task, indices of all that it reaches; none where that is not known.
     """
 
     parameters: list[Tensor]
-    reach: list[Reach]
+    reach: list[Reach | None]
     shared: list[int]
     buffer: Tensor
     views: list[dict[int, Tensor]] = field(init=False)
@@ -51,19 +53,19 @@ class _Layout:
 
     def __post_init__(self) -> None:
         self._slices = {}
-        self.reached = [{k for k, yes in enumerate(reach) if yes} for reach in self.reach]
+        self.reached = [{k for k, yes in enumerate(reach or ()) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
             {
                 k: like_parameter(part, self.parameters[k])
                 for k, part in zip(self.shared, torch.split(row, sizes), strict=True)
-                if reached[k]
+                if k in reached
             }
-            for row, reached in zip(self.buffer, self.reach, strict=True)
+            for row, reached in zip(self.buffer, self.reached, strict=True)
         ]
         self.heads = [
-            [k for k, is_reached in enumerate(reached) if is_reached and k not in views]
-            for views, reached in zip(self.views, self.reach, strict=True)
+            sorted(reached.difference(views))
+            for views, reached in zip(self.views, self.reached, strict=True)
         ]
 
     def slice(self, first: int, n_tasks: int, k: int) -> Tensor:
@@ -131,6 +133,11 @@ class Rows:
         return self._current.shared
 
     @property
+    def reach(self) -> list[Reach | None]:
+        """For each task, which of the parameters it reaches; None where that is not known."""
+        return self._current.reach
+
+    @property
     def shapes(self) -> list[torch.Size]:
         """Shapes of the shared parameters, in the order of their columns."""
         return [self._current.parameters[k].shape for k in self.shared]
@@ -176,7 +183,7 @@ class Rows:
 
     def take(
         self,
-        roots: Sequence[Root] | RootsInTurn,
+        roots: Sequence[Root | Absent] | RootsInTurn,
         parameters: Sequence[Tensor],
         *,
         sit_out: frozenset[int] = frozenset(),
@@ -188,7 +195,7 @@ class Rows:
             roots: for each loss, where its backward pass starts and with which cotangent. Those
                 made in turn have one pass each before the next is asked for.
             parameters: n leaf tensors that require grad.
-            sit_out: tasks whose rows are left zero.
+            sit_out: tasks that add nothing to their rows; those that are absent among them.
             retain_graph: keep the graph after the last pass.
 
         Raises:
@@ -210,13 +217,20 @@ class Rows:
                 )
             self._layout = layout = None
         accumulate, self.pending = self.pending, False
+        if isinstance(roots, Sequence):
+            absent = {i: root.reach for i, root in enumerate(roots) if isinstance(root, Absent)}
+        else:
+            absent = dict.fromkeys(roots.missing)
+        known = layout.reach if layout is not None and not accumulate else None
+        if known and any(reach and reach != known[i] for i, reach in absent.items()):
+            # Another engine has seen these tasks since.
+            self._layout = layout = None
         if not accumulate:
             self.heads = [{} for _ in range(len(roots))]
         loose: list[dict[int, Tensor]] | None = None
-        untaken: dict[int, Reach] = {}
+        untaken: dict[int, Reach | None] = {}
         if layout is None and isinstance(roots, Sequence):
-            reach = reached_parameters((root for root, _ in roots), parameters)
-            layout = self._new_layout(parameters, reach)
+            layout = self._new_layout(parameters, reach_of(roots, parameters))
         elif layout is None:
             # What is shared shows when the last one is made.
             loose = [{} for _ in range(len(roots))]
@@ -224,10 +238,18 @@ class Rows:
             for i in sit_out:
                 layout.buffer[i].zero_()
         # Tasks whose rows hold gradients.
-        written = [i for i in range(len(roots)) if i not in sit_out] if accumulate else []
+        written = []
+        if accumulate:
+            written = [i for i in range(len(roots)) if i in absent or i not in sit_out]
+        starts: dict[int, Root] = {}
         if isinstance(roots, Sequence):
-            present = [i for i in range(len(roots)) if i not in sit_out]
-            parts = self.engine.rows([roots[i] for i in present], parameters, retain_graph)
+            starts = {
+                i: root
+                for i, root in enumerate(roots)
+                if i not in sit_out and not isinstance(root, Absent)
+            }
+            present = [*starts]
+            parts = self.engine.rows([*starts.values()], parameters, retain_graph)
             taken = _with_tasks(present, parts)
             held_back = parameters
         else:
@@ -251,7 +273,7 @@ class Rows:
                     check_dense(grads, parameters)
                     found = tuple(g is not None for g in grads)
                     if isinstance(roots, Sequence) and (layout is None or found != layout.reach[i]):
-                        grads = only_reached(roots[i][0], parameters, grads)
+                        grads = only_reached(starts[i][0], parameters, grads)
                         found = tuple(g is not None for g in grads)
                     if loose is None and layout is not None and found != layout.reach[i]:
                         loose = self._loosen(layout, written)
@@ -265,6 +287,9 @@ class Rows:
                 del part, rows, grads
         self._layout = layout
         if loose is not None:
+            if layout is not None:
+                # What was known of tasks that were not looked at.
+                untaken = {i: layout.reach[i] for i in sit_out} | untaken
             self._rebuild(parameters, loose, untaken)
 
     def _in_turn(
@@ -273,7 +298,7 @@ class Rows:
         parameters: Sequence[Tensor],
         sit_out: frozenset[int],
         retain_graph: bool,
-        untaken: dict[int, Reach],
+        untaken: dict[int, Reach | None],
     ) -> Iterator[tuple[list[int], Gradients | Block]]:
         """The gradients of each root, which is forgotten before the next is made.
 
@@ -281,6 +306,10 @@ class Rows:
         """
         for i in range(len(roots)):
             root = roots.make(i)
+            if isinstance(root, Absent):
+                if self._layout is None:
+                    untaken[i] = root.reach
+                continue
             if self._layout is None:
                 # For those that are taken too: it refuses graphs that would silently go untrained.
                 (untaken[i],) = reached_parameters([root[0]], parameters)
@@ -344,22 +373,27 @@ class Rows:
         return loose
 
     def _rebuild(
-        self, parameters: list[Tensor], loose: list[dict[int, Tensor]], untaken: dict[int, Reach]
+        self,
+        parameters: list[Tensor],
+        loose: list[dict[int, Tensor]],
+        untaken: dict[int, Reach | None],
     ) -> None:
-        reach = [tuple(k in row for k in range(len(parameters))) for row in loose]
+        reach: list[Reach | None] = [
+            tuple(k in row for k in range(len(parameters))) for row in loose
+        ]
         for i, reached in untaken.items():
             reach[i] = reached
         layout = self._new_layout(parameters, reach)
         for i, row in enumerate(loose):
-            if i in untaken:
-                continue
+            # Of one that was not taken there may be what it gave before, or nothing.
             for k, view in layout.views[i].items():
-                view.copy_(row[k])
-            self.heads[i] = {k: row[k] for k in layout.heads[i]}
+                if k in row:
+                    view.copy_(row[k])
+            self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
             row.clear()
         self._layout = layout
 
-    def _new_layout(self, parameters: list[Tensor], reach: list[Reach]) -> _Layout:
+    def _new_layout(self, parameters: list[Tensor], reach: list[Reach | None]) -> _Layout:
         shared = shared_indices(parameters, reach, self.shared_parameters)
         chosen = [parameters[k] for k in shared]
         device, dtype = common_kind(chosen)
@@ -373,6 +407,10 @@ class Rows:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
         return largest_entries(self.heads, self._current.buffer.device)
+
+    def free(self) -> None:
+        """Gives up the buffer, and what is in it; the next gradients make another."""
+        self._layout, self.heads, self.pending = None, [], False
 
     def __getstate__(self) -> dict[str, Any]:
         # The buffer is worth a copy only where gradients are pending in it.
@@ -392,7 +430,7 @@ class Rows:
         layout, place = self._current, {id(p): i for i, p in enumerate(parameters)}
         return {
             "parameters": [place[id(p)] for p in layout.parameters],
-            "reach": [list(row) for row in layout.reach],
+            "reach": [None if row is None else list(row) for row in layout.reach],
             "shared": list(layout.shared),
             "jacobian": layout.buffer,
             "heads": [dict(head) for head in self.heads],
@@ -406,7 +444,8 @@ class Rows:
             self.pending = False
             return
         mine = [parameters[i] for i in state["parameters"]]
-        reach, shared = [tuple(row) for row in state["reach"]], list(state["shared"])
+        reach = [None if row is None else tuple(row) for row in state["reach"]]
+        shared = list(state["shared"])
         buffer = state["jacobian"].to(mine[shared[0]].device, copy=True)
         layout = _Layout(mine, reach, shared, buffer)
         heads = [{k: g.to(mine[k].device) for k, g in head.items()} for head in state["heads"]]
@@ -451,6 +490,12 @@ class Rows:
             held: Sequence[Tensor] = [*direction]
         else:
             held = []
+            if None in head_weights:
+                # What no task reaches that takes part gets nothing, rather than zeros.
+                pairs = zip(layout.reached, head_weights, strict=True)
+                touched = set().union(*(reached for reached, w in pairs if w is not None))
+                kept = [n for n, k in enumerate(layout.shared) if k in touched]
+                shared, direction = [shared[n] for n in kept], [direction[n] for n in kept]
         heads, self.heads = self.heads, [{} for _ in self.heads]
         deliver(shared, direction, layout.parameters, heads, head_weights)
         del held

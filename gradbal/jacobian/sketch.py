@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gradbal.jacobian.engines import Found
 from gradbal.jacobian.graph import (
+    Absent,
     Reach,
     Root,
     check_dense,
     common_kind,
     hooks_held_back,
-    reached_parameters,
+    reach_of,
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop
@@ -40,16 +41,18 @@ _WORD = 64
 class Sketched:
     """Sketches of T rows, and what has to be known besides.
 
-    sketches: `[T, k]`, on the device; zero for tasks that sit out. extremes, shared: as in `Found`.
+    sketches: `[T, k]`, on the device; zero for tasks that sit out. extremes, shared, reach: as in
+    `Found`.
     """
 
     sketches: Tensor
     extremes: Tensor
     shared: list[Tensor]
+    reach: list[Reach | None]
 
     def found(self) -> Found:
         """The Gramian of the sketches, every product in float64."""
-        return Found(gramian(self.sketches, exact=True), self.extremes, self.shared)
+        return Found(gramian(self.sketches, exact=True), self.extremes, self.shared, self.reach)
 
 
 @dataclass
@@ -108,11 +111,11 @@ class Sketch:
     step: int = 0
     name: str = field(default="sketch", init=False)
     # Of the last step: its parameters, by identity, and what each loss reached.
-    _seen: tuple[list[int], list[Reach]] | None = field(default=None, init=False, repr=False)
+    _seen: tuple[list[int], list[Reach | None]] | None = field(default=None, init=False, repr=False)
 
     def take(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root | Absent],
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
@@ -134,7 +137,7 @@ class Sketch:
 
     def sketch(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root | Absent],
         parameters: Sequence[Tensor],
         shared_parameters: list[Tensor] | None,
         sit_out: frozenset[int],
@@ -144,11 +147,13 @@ class Sketch:
         parameters = list(parameters)
         known = [id(p) for p in parameters]
         if self._seen is not None and self._seen[0] == known and len(self._seen[1]) == len(roots):
-            reach = self._seen[1]
+            pairs = zip(roots, self._seen[1], strict=True)
+            # Of a task that is absent, what is known by now.
+            reach = [(isinstance(root, Absent) and root.reach) or seen for root, seen in pairs]
             sketched = self._fold(roots, parameters, shared_parameters, sit_out, reach, True)
             if sketched is not None:
                 return sketched
-        reach = reached_parameters((root for root, _ in roots), parameters)
+        reach = reach_of(roots, parameters)
         sketched = self._fold(roots, parameters, shared_parameters, sit_out, reach, False)
         assert sketched is not None
         self._seen = known, reach
@@ -156,11 +161,11 @@ class Sketch:
 
     def _fold(
         self,
-        roots: Sequence[Root],
+        roots: Sequence[Root | Absent],
         parameters: list[Tensor],
         explicit: list[Tensor] | None,
         sit_out: frozenset[int],
-        reach: list[Reach],
+        reach: list[Reach | None],
         remembered: bool,
     ) -> Sketched | None:
         """None where what is remembered of the graph turns out not to be so."""
@@ -170,10 +175,14 @@ class Sketch:
         fold = _Fold(chosen, self.size, self.seed, self.step)
         sketches = fold.lanes.new_zeros(len(roots), fold.width)
         extremes = torch.zeros(len(roots), device=sketches.device)
-        present = [i for i in range(len(roots)) if i not in sit_out]
-        taken = self.engine.rows([roots[i] for i in present], parameters, True)
+        starts = {
+            i: root
+            for i, root in enumerate(roots)
+            if i not in sit_out and not isinstance(root, Absent)
+        }
+        taken = self.engine.rows([*starts.values()], parameters, True)
         with hooks_held_back(parameters):
-            for i in present:
+            for i in starts:
                 # `zip` would hold on to one row while the next one is taken.
                 grads = next(taken)
                 check_dense(grads, parameters)
@@ -185,7 +194,7 @@ class Sketch:
                     norms = torch._foreach_norm(heads, float("inf"))
                     extremes[i] = torch.stack([n.to(extremes) for n in norms]).amax()
                 del grads, heads
-        return Sketched(sketches, extremes, chosen)
+        return Sketched(sketches, extremes, chosen, reach)
 
 
 @dataclass

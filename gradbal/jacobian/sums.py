@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class WeightedSum:
         parameters: n leaf tensors.
         shared_parameters: an explicit set of shared ones, or None: those that two losses reach.
         n_tasks: T; with one loss, all that it reaches is shared.
+        elsewhere: indices of what further losses reach, which do not come.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class WeightedSum:
         parameters: Sequence[Tensor],
         shared_parameters: Sequence[Tensor] | None,
         n_tasks: int,
+        elsewhere: Collection[int] = (),
     ) -> None:
         self._parameters = parameters
+        self._elsewhere = elsewhere
         self._shared = None
         if shared_parameters is not None:
             self._shared = {id(p) for p in shared_parameters}
@@ -50,7 +53,7 @@ class WeightedSum:
             if self._shared is not None:
                 is_shared = id(self._parameters[k]) in self._shared
                 self._add(k, g, weight if is_shared else head_weight)
-            elif k in self._sums:
+            elif k in self._sums or k in self._elsewhere:
                 self._add(k, g, weight)
             elif k in self._once:
                 first, its_weight, _ = self._once.pop(k)
