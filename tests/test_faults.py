@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -48,6 +48,15 @@ def _closure_step(model: nn.Module, opt: MultiTaskOptimizer) -> None:
 
 
 # Ctrl-C at any line.
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_raises() -> Iterator[None]:
+    """In a process that was started in the background Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 FOLDERS = (os.path.dirname(gradbal.__file__), os.path.dirname(torch.optim.__file__))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbal import MultiTaskOptimizer
+from gradbal.jacobian import WITHOUT_ROWS
 from tests.drive import Call, Driver, driver
 from tests.states import assert_same
 from tests.test_engines import ENGINES
@@ -125,7 +126,7 @@ CASES += [("upgrad", {"jacobian": engine, **options}) for engine, options in ENG
 def test_after_every_call(
     name: str, options: dict[str, Any], settings: Callable[[], contextlib.AbstractContextManager]
 ) -> None:
-    method = driver(name, gather=True, options=options)
+    method = driver(name, gather=options.get("jacobian") not in WITHOUT_ROWS, options=options)
     with settings():
         model, opt = method.fresh()
         for call in method.calls(range(3)):

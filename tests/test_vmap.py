@@ -436,7 +436,7 @@ def test_chunk_size_is_checked() -> None:
             optimizer(model, "upgrad", jacobian="vmap", chunk_size=wrong)
     with pytest.raises(TypeError, match=r"`chunk_size` must be an integer, found True"):
         optimizer(model, "upgrad", jacobian="vmap", chunk_size=True)
-    with pytest.raises(ValueError, match=r'is for jacobian="vmap", found 2 for \'loop\''):
+    with pytest.raises(ValueError, match=r'is for jacobian="vmap" or "auto", found 2 for \'loop\''):
         optimizer(model, "upgrad", jacobian="loop", chunk_size=2)
 
 
