@@ -190,13 +190,14 @@ def _scaled_step(pair: Pair, scaler: GradScaler, factor: float = 1.0) -> None:
 @pytest.mark.parametrize(
     "way", [_left_alone, _cleared_by_the_model, _copied, _resumed, _at_the_end_of_an_epoch]
 )
-@pytest.mark.parametrize("aggregator", [*RANDOM, "uw", "dwa", "upgrad", "moco", "pcgrad"])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("aggregator", [*RANDOM, "uw", "imtl", "dwa", "upgrad", "moco", "pcgrad"])
 def test_a_run_with_an_overflow_goes_on_as_one_without(
-    aggregator: str, way: Callable[[Pair], Pair]
+    aggregator: str, at: int, way: Callable[[Pair], Pair]
 ) -> None:
     scaler = GradScaler("cpu", init_scale=1024.0)
     pair, twin = _model(aggregator), _model(aggregator)
-    for factor in (1.0, float("inf"), 1.0):
+    for factor in (1.0,) * at + (float("inf"), 1.0, 1.0):
         if factor == 1.0:
             twin[1].zero_grad()
             _scaled_step(twin, scaler)
