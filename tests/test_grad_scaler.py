@@ -231,6 +231,24 @@ def test_what_several_backward_passes_have_drawn_is_kept(aggregator: str) -> Non
     _assert_close(pair[0], twin[0])
 
 
+@pytest.mark.parametrize("aggregator", [*RANDOM, "moco", "uw"])
+def test_a_step_of_the_wrapped_optimizer_is_a_step(aggregator: str) -> None:
+    pair, twin = _model(aggregator), _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        pair[1].zero_grad()
+        pair[1].backward(pair[0].losses(pair[0].batch()), grad_scaler=scaler)
+        scaler.step(pair[1].optimizer)
+        scaler.update()
+        twin[1].zero_grad()
+        twin[1].backward(twin[0].losses(twin[0].batch()))
+        twin[1].step()
+    pair[1].zero_grad()
+    states = [each[1].aggregator.state_dict()["state"] for each in (pair, twin)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+    _assert_close(pair[0], twin[0])
+
+
 def test_losses_after_a_step_that_was_left_out_teach_nothing() -> None:
     model = make("Plain").float()
     model.dtype = torch.float32
