@@ -198,8 +198,8 @@ class MultiTaskOptimizer(Optimizer):
         # Whether `.grad` holds what `backward` has put there and `step` has not used yet.
         self._delivered = False
         # What makes the aggregator what it was before gradients that a GradScaler has still to
-        # pass on, or None.
-        self._before: Callable[[], None] | None = None
+        # pass on, or None; it returns whether it has.
+        self._before: Callable[[], bool] | None = None
 
     @property
     def weights(self) -> Tensor | None:
@@ -384,7 +384,7 @@ class MultiTaskOptimizer(Optimizer):
                 # Cleared by another's `zero_grad`.
                 self._undo_left_out()
             if scale is not None and self._before is None:
-                self._before = self.aggregator.remember()
+                self._before = self._remembered_until_moved(parameters)
             self._delivered = True
             self.aggregator.learning_rate = _learning_rate(self.optimizer)
             if absent is not None:
@@ -686,9 +686,22 @@ class MultiTaskOptimizer(Optimizer):
         if self._before is None or self._balancer.gathers:
             return False
         with interrupts_held_back():
-            self._before()
+            undone = self._before()
             self._before = None
-        return True
+        return undone
+
+    def _remembered_until_moved(self, parameters: Sequence[Tensor]) -> Callable[[], bool]:
+        """What puts the aggregator back, unless a parameter has moved: so it has where the wrapped
+        optimizer was stepped itself."""
+        put_back, versions = self.aggregator.remember(), [p._version for p in parameters]
+
+        def undo() -> bool:
+            here = versions == [p._version for p in parameters]
+            if here:
+                put_back()
+            return here
+
+        return undo
 
     def _state_before(self) -> dict[str, Any] | None:
         """The aggregator's `state_dict()` as it was before such gradients."""
@@ -706,7 +719,8 @@ class MultiTaskOptimizer(Optimizer):
         if state is not None:
             now = self.aggregator.remember()
             self.aggregator.load_state_dict(state)
-            self._before = self.aggregator.remember()
+            # The model's parameters may be loaded later.
+            self._before = self._remembered_until_moved([])
             now()
 
     def _overflowed(self) -> bool:

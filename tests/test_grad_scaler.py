@@ -190,13 +190,14 @@ def _scaled_step(pair: Pair, scaler: GradScaler, factor: float = 1.0) -> None:
 @pytest.mark.parametrize(
     "way", [_left_alone, _cleared_by_the_model, _copied, _resumed, _at_the_end_of_an_epoch]
 )
-@pytest.mark.parametrize("aggregator", [*RANDOM, "uw", "dwa", "upgrad", "moco", "pcgrad"])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("aggregator", [*RANDOM, "uw", "imtl", "dwa", "upgrad", "moco", "pcgrad"])
 def test_a_run_with_an_overflow_goes_on_as_one_without(
-    aggregator: str, way: Callable[[Pair], Pair]
+    aggregator: str, at: int, way: Callable[[Pair], Pair]
 ) -> None:
     scaler = GradScaler("cpu", init_scale=1024.0)
     pair, twin = _model(aggregator), _model(aggregator)
-    for factor in (1.0, float("inf"), 1.0):
+    for factor in (1.0,) * at + (float("inf"), 1.0, 1.0):
         if factor == 1.0:
             twin[1].zero_grad()
             _scaled_step(twin, scaler)
@@ -227,6 +228,24 @@ def test_what_several_backward_passes_have_drawn_is_kept(aggregator: str) -> Non
         scaler.update()
         twin[1].step()
     assert_same(pair[1].aggregator.state_dict(), twin[1].aggregator.state_dict())
+    _assert_close(pair[0], twin[0])
+
+
+@pytest.mark.parametrize("aggregator", [*RANDOM, "moco", "uw"])
+def test_a_step_of_the_wrapped_optimizer_is_a_step(aggregator: str) -> None:
+    pair, twin = _model(aggregator), _model(aggregator)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        pair[1].zero_grad()
+        pair[1].backward(pair[0].losses(pair[0].batch()), grad_scaler=scaler)
+        scaler.step(pair[1].optimizer)
+        scaler.update()
+        twin[1].zero_grad()
+        twin[1].backward(twin[0].losses(twin[0].batch()))
+        twin[1].step()
+    pair[1].zero_grad()
+    states = [each[1].aggregator.state_dict()["state"] for each in (pair, twin)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
     _assert_close(pair[0], twin[0])
 
 
