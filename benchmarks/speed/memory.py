@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ def lost_bytes(step: Callable[[], object]) -> int:
 
 def net_bytes(run: Callable[[], object]) -> int:
     """What `run` allocates on the host beyond what it gives back of it."""
+    # Kineto reports on stderr that there is no driver, and every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
         gc.collect()
@@ -121,4 +124,7 @@ def measure(counts: Sequence[int], engines: Sequence[str] = ENGINES) -> Iterator
             done = count
             now = live()
             found.append((now[0] - before[0], now[1] - before[1]))
-        yield Curve(engine, found, lost_bytes(training.step))
+        lost = lost_bytes(training.step)
+        # The next engine starts without it.
+        del training
+        yield Curve(engine, found, lost)
