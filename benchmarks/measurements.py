@@ -356,6 +356,47 @@ def sketch_command(
             console.print(f"{what}: {fresh:.4f}, {fixed:.4f}")
 
 
+@speed.command(name="memory")
+def memory_command(
+    steps: Annotated[str, typer.Option(help="Numbers of steps, comma-separated, rising.")] = (
+        "1,10,100,500"
+    ),
+    chosen: Annotated[
+        str | None, typer.Option("--engines", help="Comma-separated; all if left out.")
+    ] = None,
+) -> None:
+    """Live tensors and their bytes after many steps, for every engine of `jacobian=`."""
+    from benchmarks.speed.memory import WINDOW, measure
+    from gradbal.jacobian import ENGINES
+
+    counts = _counts(steps, "--steps", 1)
+    names = list(ENGINES) if chosen is None else chosen.split(",")
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or counts != sorted(counts):
+        _stop(
+            BadInput(
+                f"`--engines` must be among {', '.join(ENGINES)} and `--steps` rising, found "
+                f"{chosen!r}, {steps!r}"
+            )
+        )
+    console = Console(highlight=False)
+    table = Table(title="Live tensors, and kB of their memory")
+    table.add_column("engine")
+    for heading in (*(f"step {count}" for count in counts), "lost bytes"):
+        table.add_column(heading, justify="right")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(names))
+        for curve in measure(counts, names):
+            cells = [f"{n}, {size / 1e3:.1f}" for n, size in curve.live]
+            table.add_row(curve.engine, *cells, str(curve.lost))
+            progress.advance(task)
+    console.print(table)
+    console.print(
+        f"Lost: what the allocator gave out and did not get back in {WINDOW} more steps, also to "
+        "graphs, whose tensors Python does not know of."
+    )
+
+
 @speed.command(name="instance")
 def instance_command(
     models: Annotated[str, typer.Option(help="Comma-separated.")] = "mlp,lenet,conv,transformer",

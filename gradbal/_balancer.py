@@ -1124,7 +1124,7 @@ class Balancer:
         if None in reach:
             reach = self._remembered(parameters, reach)
         # Of instances none is missing.
-        if not isinstance(self.engine, Instance):
+        if reach and not isinstance(self.engine, Instance):
             self._reach = parameters, reach
 
     def _cotangent(self, name: str | int, loss: Tensor, scale: Tensor | None) -> Tensor:

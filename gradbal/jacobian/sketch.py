@@ -48,7 +48,7 @@ class Sketched:
     sketches: Tensor
     extremes: Tensor
     shared: list[Tensor]
-    reach: list[Reach | None]
+    reach: list[Reach | None] = field(default_factory=list)
 
     def found(self) -> Found:
         """The Gramian of the sketches, every product in float64."""

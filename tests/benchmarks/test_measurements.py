@@ -218,3 +218,18 @@ def test_speed_of_instances_says_what_was_wrong(options, found):
     done = run("speed", "instance", *options)
     assert done.exit_code == 2
     assert f"found {found}" in done.output.replace("\n", " ") or found in done.output
+
+
+def test_speed_memory_prints_a_curve_for_every_engine():
+    done = run("speed", "memory", "--steps", "1,3", "--engines", "loop,sketch")
+    assert done.exit_code == 0
+    for engine in ("loop", "sketch"):
+        (line,) = (line for line in done.output.splitlines() if line.startswith(f"│ {engine} "))
+        assert re.search(r"│ +\d+, \d+\.\d │ +\d+, \d+\.\d │ +0 │$", line)
+
+
+def test_speed_memory_says_what_is_wrong():
+    for arguments in (("--engines", "lop"), ("--steps", "3,1"), ("--steps", "0")):
+        done = run("speed", "memory", *arguments)
+        assert done.exit_code != 0
+        assert "found" in done.output
