@@ -229,6 +229,8 @@ class Balancer:
                 return self._step_for(call)(call)
             with self.auto.engine_of_step(self._case(call)) as engine:
                 self._use(engine)
+                if self.auto.settled:
+                    self._free_unused()
                 return self._step_for(call)(call)
         except BaseException:
             self.give_up_pending()
@@ -260,6 +262,15 @@ class Balancer:
         self.engine = engine
         if isinstance(engine, RowsEngine):
             self.rows.engine = engine
+
+    def _free_unused(self) -> None:
+        """Gives back what engines that were not chosen have kept."""
+        assert self.auto is not None
+        if isinstance(self.engine, GramianEngine):
+            self.rows.free()
+        for engine in self.auto.engines:
+            if engine is not self.engine and isinstance(engine, Layerwise):
+                engine.free()
 
     def absent(
         self, batches: Sequence[Losses | LazyLosses], single_pass: bool

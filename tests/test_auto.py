@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import Rows, VMap
+from gradbal.jacobian import Layerwise, Rows, VMap
 from gradbal.jacobian.auto import MARGIN, N_TIMED, N_WARM_UP, Auto, Case, Stopwatch
 from gradbal.jacobian.loop import Loop
 from tests.zoo import make, optimizer, targets
@@ -251,3 +251,18 @@ def test_a_hook_that_no_batched_pass_takes_goes_through_the_loop() -> None:
         losses = targets([head(z) for head in model.heads])
         rows.take([(l, torch.ones(())) for l in losses], list(model.parameters()))
         assert engine.name == ("loop" if step == 2 else "vmap")
+
+
+@pytest.mark.parametrize("settled", ["loop", "gramian"])
+def test_what_was_not_chosen_keeps_no_memory(settled: str) -> None:
+    opt, model = _made()
+    _train(opt, model, range(3))
+    balancer = opt._balancer
+    layerwise = next(e for e in balancer.auto.engines if isinstance(e, Layerwise))
+    assert balancer.rows.width is not None
+    assert layerwise._buffer is not None
+    balancer.auto.load_state_dict({"steps": 12, "settled": settled})
+    assert _train(opt, model, range(1)) == [settled]
+    assert (balancer.rows.width is None) == (settled == "gramian")
+    assert (layerwise._buffer is None) == (settled == "loop")
+    assert opt.diagnostics()["shared"] == 64 * 256 + 256 + 256 * 128 + 128
