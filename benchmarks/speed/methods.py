@@ -86,7 +86,7 @@ def _ratio(method: str, rounds: int, n_tasks: int, model: str) -> float:
         backward(losses)
         return time.process_time() - start
 
-    ours = plain if method == PLAIN else MultiTaskOptimizer(sgd, method).backward
+    ours = plain if method == PLAIN else MultiTaskOptimizer(sgd, method, jacobian="loop").backward
     ratios = []
     for number in range(-2, rounds):
         # Each is the first in every other round.

@@ -91,7 +91,7 @@ def _learner(method: str | None, n_tasks: int) -> tuple[Callable[[], None], _Cou
 
         return plain, counter
     name, options = METHODS[method]
-    optimizer = MultiTaskOptimizer(sgd, name, **options)
+    optimizer = MultiTaskOptimizer(sgd, name, jacobian="loop", **options)
 
     def balanced() -> None:
         optimizer.step(lambda: model.features_and_losses(batch)[1])

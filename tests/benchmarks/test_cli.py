@@ -270,6 +270,8 @@ def test_a_real_interrupt(tmp_path):
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # What is started in the background would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
