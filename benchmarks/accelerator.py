@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -285,11 +286,20 @@ class _Names(TorchFunctionMode):
 class _Event:
     """In place of `torch.cuda.Event`; on this device everything is done at once."""
 
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._time = 0.0
+
     def record(self) -> None:
-        pass
+        self._time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000.0 * (end._time - self._time)
 
 
 class _AnyGenerator(type):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.accelerator import Accelerator
 from gradbal import MultiTaskOptimizer
 from gradbal.jacobian import Layerwise, Rows, VMap
 from gradbal.jacobian.auto import MARGIN, N_TIMED, N_WARM_UP, Auto, Case, Stopwatch
@@ -266,3 +267,19 @@ def test_what_was_not_chosen_keeps_no_memory(settled: str) -> None:
     assert (balancer.rows.width is None) == (settled == "gramian")
     assert (layerwise._buffer is None) == (settled == "loop")
     assert opt.diagnostics()["shared"] == 64 * 256 + 256 + 256 * 128 + 128
+
+
+def test_a_trial_on_an_accelerator_waits_for_the_gramian_alone() -> None:
+    with Accelerator() as device:
+        torch.manual_seed(0)
+        model = device.put(_Wide())
+        batch = device.put(torch.randn(8, 64))
+        opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), "upgrad")
+        for _ in range(14):
+            z = model.trunk(batch)
+            losses = targets([head(z) for head in model.heads])
+            opt.zero_grad()
+            with device.watched() as seen:
+                opt.backward(losses)
+            assert len(seen.waits) == 1
+        assert opt._balancer.auto.settled
