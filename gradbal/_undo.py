@@ -21,19 +21,19 @@ def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:
 
     They are remembered by reference, lists and dicts by their entries: it costs next to nothing.
     """
-    before = {k: _entries(v) for k, v in vars(thing).items() if k not in but}
+    before = {k: v for k, v in vars(thing).items() if k not in but}
+    entries = [(v, copy.copy(v)) for v in before.values() if isinstance(v, list | dict)]
 
     def put_back() -> None:
         current = vars(thing)
         for name in [name for name in current if name not in before and name not in but]:
             del current[name]
         current.update(before)
+        for collection, kept in entries:
+            collection.clear()
+            (collection.extend if isinstance(collection, list) else collection.update)(kept)
 
     return put_back
-
-
-def _entries(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, list | dict) else value
 
 
 @contextlib.contextmanager

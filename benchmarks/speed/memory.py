@@ -27,8 +27,9 @@ def live() -> tuple[int, int]:
     gc.collect()
     count, sizes = 0, {}
     for found in gc.get_objects():
-        # Not `isinstance`, which asks objects for their `__class__`.
-        if issubclass(type(found), Tensor) and found.layout == torch.strided:
+        # Not `isinstance`, which asks objects for their `__class__`; nor the compiler's tensors
+        # without memory, of which some outlive it.
+        if type(found) in (Tensor, nn.Parameter) and found.layout == torch.strided:
             count += 1
             for tensor in (found, found.grad if found.is_leaf else None):
                 if tensor is not None:
