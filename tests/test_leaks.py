@@ -31,6 +31,13 @@ def _step(training: Training) -> None:
             training.opt.update(training.losses())
 
 
+def _assert_no_more_than(first: tuple[int, int]) -> None:
+    # What tests before this one have left behind may go in the meantime.
+    count, n_bytes = live()
+    assert count <= first[0]
+    assert n_bytes <= first[1]
+
+
 @pytest.mark.parametrize(("engine", "options"), CASES, ids=str)
 def test_memory_is_flat(engine: str, options: dict[str, Any]) -> None:
     training = Training(engine, **options)
@@ -41,7 +48,7 @@ def test_memory_is_flat(engine: str, options: dict[str, Any]) -> None:
     first = live()
     for _ in range(n_steps - SETTLED):
         _step(training)
-    assert live() == first
+    _assert_no_more_than(first)
     if not options:
         # Python does not know of all that a graph holds; the allocator does.
         assert lost_bytes(training.step) == 0
@@ -77,7 +84,7 @@ def test_memory_is_flat_while_tasks_come_and_go(engine: str) -> None:
     first = live()
     for _ in range(40):
         step()
-    assert live() == first
+    _assert_no_more_than(first)
 
 
 class _Payload:
