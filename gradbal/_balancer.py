@@ -777,15 +777,11 @@ class Balancer:
         self._note_reach(call.parameters, taken.reach)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
-
-        def overflow() -> None:
-            infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
-            torch.autograd.backward(taken.shared, infinite)
-
         host, kept = HostValues(g, values, taken.extremes), taken.kept
         if kept is not None and wants_exact(host.gramian, kept.rows):
             g = _unscaled(kept.exact(), scale)
             host = HostValues(g, values, taken.extremes)
+        overflow = partial(_overflow_in, taken.shared)
         found = self._examine(g, host, overflow, pending, scale)
         if kept is None or isinstance(found, bool):
             return self._weighted_step(call, factors, values, found)
@@ -813,10 +809,7 @@ class Balancer:
             g = _unscaled(taken.gramian, scale)
             host = HostValues(g, values, taken.extremes)
 
-        def overflow() -> None:
-            infinite = [torch.full_like(p, float("inf")) for p in taken.shared]
-            torch.autograd.backward(taken.shared, infinite)
-
+        overflow = partial(_overflow_in, taken.shared)
         examined = self._examine(g, host, overflow, pending, scale)
         return self._weighted_step(call, factors, values, examined, taken)
 
@@ -1198,6 +1191,11 @@ def _is_fresh(parameter: Tensor) -> bool:
     """Whether a gradient that arrives is all of `.grad`, and nobody else hears of it."""
     hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
     return parameter.grad is None and not any(hooks)
+
+
+def _overflow_in(parameters: list[Tensor]) -> None:
+    """Delivers inf, which a GradScaler finds."""
+    torch.autograd.backward(parameters, [torch.full_like(p, float("inf")) for p in parameters])
 
 
 def _rows_of(rows: Tensor, present: list[int]) -> Tensor:
