@@ -24,11 +24,13 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
+from gradbal.distributed import Alone, Spread, find_processes
 from gradbal.jacobian import (
     Absent,
     Auto,
     Case,
     Engine,
+    Found,
     FoundInstances,
     GramianEngine,
     Instance,
@@ -42,16 +44,13 @@ from gradbal.jacobian import (
     Sketch,
     WeightedSum,
     combine,
-    cross_gramian,
     gradients_of,
-    gramian,
     hooks_held_back,
     reach_of,
     reached_parameters,
     shared_indices,
     there,
     upload,
-    wants_exact,
 )
 
 __all__ = ["BackwardCall", "Balancer"]
@@ -150,6 +149,7 @@ class Balancer:
 
     Attributes:
         engine: what takes the gradients, or finds their Gramian. auto: what picks it, or None.
+        processes: who takes the steps together.
         jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on. varies: whether others may come at any step.
@@ -184,6 +184,8 @@ class Balancer:
         self.auto = engine if isinstance(engine, Auto) else None
         self.engine = Loop() if isinstance(engine, Auto) else engine
         self.jacobian_dtype = jacobian_dtype
+        self.processes = Alone()
+        self._processes_of: list[int] | None = None
         self.rows = self._new_rows()
         self.tasks: Names | None = None
         # Instances are others at every step, and may be more or fewer where nothing remembers them.
@@ -222,23 +224,46 @@ class Balancer:
         """
         self.tasks = call.batch.names
         try:
-            if self.auto is None:
-                return self._step_for(call)(call)
-            if not self._has_choice(call):
-                self._use(Loop())
-                return self._step_for(call)(call)
-            with self.auto.engine_of_step(self._case(call)) as engine:
-                self._use(engine)
-                if self.auto.settled:
-                    self._free_unused()
-                return self._step_for(call)(call)
+            self._learn_reach(call)
+            with self.processes.completing(call.parameters, self._may_lack(call), call.accumulate):
+                return self._step(call)
         except BaseException:
             self.give_up_pending()
             raise
 
+    def _step(self, call: BackwardCall) -> bool:
+        if self.auto is None:
+            return self._step_for(call)(call)
+        if not self._has_choice(call):
+            self._use(Loop())
+            return self._step_for(call)(call)
+        with self.auto.engine_of_step(self._case(call)) as engine:
+            self._use(engine)
+            if self.auto.settled:
+                self._free_unused()
+            return self._step_for(call)(call)
+
+    def _may_lack(self, call: BackwardCall) -> bool:
+        """Whether a task may turn out to sit the step out."""
+        if call.absent or self.nonfinite == "drop":
+            return True
+        aggregator = self.aggregator
+        return isinstance(aggregator, JacobianAggregator) and aggregator.takes_turns
+
+    def _learn_reach(self, call: BackwardCall) -> None:
+        """Where a process lacks a task, it has to know what that reaches in the others."""
+        if not self.processes.lacking or not isinstance(call.batch, Losses):
+            return
+        ones = torch.ones_like(call.batch.values)
+        reach = self._reach_now(call.batch, ones, call.parameters)
+        self._note_reach(call.parameters, self.processes.known_reach(reach))
+
     def _has_choice(self, call: BackwardCall) -> bool:
         """Whether the step is one that several engines can serve: an ordinary one with rows."""
         if call.lazy or call.accumulate or call.features is not None or call.independent:
+            return False
+        if self.processes.size > 1:
+            # Clocks of several processes do not agree.
             return False
         if not self.needs_jacobian(False, call.batch.missing) or self.rows.pending:
             return False
@@ -356,6 +381,38 @@ class Balancer:
         for engine in [self.engine] if self.auto is None else self.auto.engines:
             if isinstance(engine, Layerwise):
                 engine.free()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups belong to their process.
+        return {**self.__dict__, "processes": Alone(), "_processes_of": None}
+
+    def find_processes(self, parameters: Sequence[Tensor], process_group: Any) -> Alone:
+        """Who takes the steps together; looked for once, for the same parameters."""
+        found = [id(p) for p in parameters]
+        if found != self._processes_of:
+            self.processes = find_processes(parameters, process_group, self.aggregator)
+            self._processes_of = found
+        return self.processes
+
+    def check_processes(
+        self, batches: Sequence[Losses | LazyLosses], features: Tensor | None
+    ) -> None:
+        """Raises ValueError where several processes cannot take such a step together."""
+        lazy = any(isinstance(batch, LazyLosses) for batch in batches)
+        probes = isinstance(self.aggregator, GramianAggregator) and (
+            self.aggregator.probed_parameters() is not None
+        )
+        kinds = {
+            self.engine.name: not isinstance(self.engine, RowsEngine),
+            "masks": features is not None and isinstance(self.aggregator, JacobianAggregator),
+            "features": features is not None,
+            "independent": len(batches) > 1,
+            "functions": lazy,
+            "logarithms of functions": lazy and self.loss_transform == "log",
+            "dropped functions": lazy and self.nonfinite == "drop",
+            "probes": probes,
+        }
+        self.processes.check([kind for kind, asked in kinds.items() if asked])
 
     def give_up_pending(self) -> None:
         """Forgets what was gathered and not aggregated."""
@@ -493,9 +550,11 @@ class Balancer:
         batch, scale, rows = call.batch, call.scale, self.rows
         n_tasks = len(batch.names)
         waiting = self._waiting(n_tasks, call.absent)
-        sit_out = call.absent | waiting
+        sit_out = call.absent | waiting | batch.lacking
         roots = self._roots(batch, scale, call.parameters)
-        rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
+        with self.processes.agreeing() as laid:
+            rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
+            laid.append(rows)
         self._note_reach(rows.parameters, rows.reach)
         absent = self._absent_after(call, single_pass=False)
         if absent is None:
@@ -509,6 +568,8 @@ class Balancer:
             self._combine_gathered(pending, scale)
             return True
         self._check_columns()
+        if isinstance(self.aggregator, JacobianAggregator):
+            self.processes.whole_rows(rows.jacobian)
         overflow = partial(self._deliver_overflow, rows)
         found = self._examine(*self._to_host(rows, pending.values, scale), overflow, pending, scale)
         if isinstance(found, bool):
@@ -545,10 +606,12 @@ class Balancer:
         return frozenset() if in_turn is None else frozenset(range(n_tasks)).difference(in_turn)
 
     def _to_host(
-        self, rows: Rows, values: Tensor, scale: Tensor | None
+        self, rows: Rows, values: Tensor, scale: Tensor | None, spread: Spread = "rows"
     ) -> tuple[Tensor, HostValues]:
         """G `[T, T]` (`[K, T, T]` for K column groups) without the scale; what the host has."""
-        jacobian, extremes, widths = rows.jacobian, rows.head_extremes(), None
+        jacobian, widths = rows.jacobian, None
+        if isinstance(self.aggregator, JacobianAggregator) and rows is self.rows:
+            spread = "nothing"
         if isinstance(self.aggregator, GramianAggregator) and rows is self.rows:
             widths = self.aggregator.column_groups(rows.shapes)
             probed = self.aggregator.probed_parameters()
@@ -556,17 +619,17 @@ class Balancer:
                 jacobian = rows.columns(probed)
         parts = [jacobian] if widths is None else list(torch.split(jacobian, widths, 1))
 
-        def grams(exact: bool) -> Tensor:
-            found = [_unscaled(gramian(part, exact=exact), scale) for part in parts]
-            return found[0] if widths is None else torch.stack(found)
+        def take(exact: bool) -> tuple[Tensor, HostValues]:
+            products, extremes = self.processes.products(
+                parts, rows.head_extremes(), exact=exact, spread=spread
+            )
+            found = [_unscaled(product, scale) for product in products]
+            g = found[0] if widths is None else torch.stack(found)
+            return g, HostValues(g, values, extremes)
 
-        g = grams(False)
-        host = HostValues(g, values, extremes)
+        g, host = take(False)
         on_host = host.gramian.view(-1, len(jacobian), len(jacobian))
-        if any(wants_exact(g, part) for g, part in zip(on_host, parts, strict=True)):
-            g = grams(True)
-            host = HostValues(g, values, extremes)
-        return g, host
+        return take(True) if self.processes.wants_exact(on_host, parts) else (g, host)
 
     def _examine(
         self,
@@ -715,13 +778,15 @@ class Balancer:
         rows.take(
             roots,
             [call.features, *view.outside],
-            sit_out=call.absent,
+            sit_out=call.absent | batch.lacking,
             # Where parameters are reached past the features, their graph is walked again.
             retain_graph=call.retain_graph or bool(view.both),
         )
         pending = self._gather(batch, values, call.absent)
         overflow = partial(self._deliver_overflow, rows)
-        found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
+        # Every process has the representation of its own part of the batch.
+        to_host = self._to_host(rows, values, scale, "columns")
+        found = self._examine(*to_host, overflow, pending, scale)
         if isinstance(found, bool):
             return found
         present = found.present
@@ -752,7 +817,9 @@ class Balancer:
         roots = batch.roots(_scaled(factors, scale))
         probed = self.aggregator.probed_parameters() or []
         rows = Rows(probed, dtype=self.jacobian_dtype)
-        rows.take(roots, probed, sit_out=call.absent, retain_graph=True)
+        with self.processes.agreeing() as laid:
+            rows.take(roots, probed, sit_out=call.absent | batch.lacking, retain_graph=True)
+            laid.append(rows)
         pending = self._gather(batch, values, call.absent)
         overflow = partial(self._deliver_overflow, rows)
         found = self._examine(*self._to_host(rows, values, scale), overflow, pending, scale)
@@ -767,18 +834,17 @@ class Balancer:
         values, factors = self._transformed(batch)
         known = self._known_reach(batch, call.parameters)
         roots = batch.roots(_scaled(factors, scale), known)
+        how = roots, call.parameters, self.shared_params, call.absent | batch.lacking
         if isinstance(self.engine, Sketch):
-            # Part of the checkpoint: a resumed run draws the same signs.
-            self.engine.step = self.n_steps
-        taken = self.engine.take(
-            roots, call.parameters, self.shared_params, call.absent, call.retain_graph
-        )
+            taken = self._sketched(self.engine, *how)
+        else:
+            taken = self.engine.take(*how, call.retain_graph)
         self._n_shared = sum(p.numel() for p in taken.shared)
         self._note_reach(call.parameters, taken.reach)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
         host, kept = HostValues(g, values, taken.extremes), taken.kept
-        if kept is not None and wants_exact(host.gramian, kept.rows):
+        if kept is not None and self.processes.wants_exact(host.gramian[None], [kept.rows]):
             g = _unscaled(kept.exact(), scale)
             host = HostValues(g, values, taken.extremes)
         overflow = partial(_overflow_in, taken.shared)
@@ -790,6 +856,17 @@ class Balancer:
         self._train_own_weights(values, found.present, scale)
         self._finish(*weights, found.gramian, found.absent)
         return True
+
+    def _sketched(self, engine: Sketch, *how: Any) -> Found:
+        """The mean of the processes' sketches is the sketch of their mean rows."""
+        # Part of the checkpoint: a resumed run draws the same signs.
+        engine.step = self.n_steps
+        with self.processes.agreeing() as laid:
+            sketched = engine.sketch(*how)
+            laid.append(sketched)
+        self.processes.average(sketched.sketches)
+        found = sketched.found()
+        return replace(found, extremes=self.processes.spoiled(found.extremes))
 
     def _instance_step(self, call: BackwardCall) -> bool:
         assert isinstance(self.engine, Instance)
@@ -841,7 +918,11 @@ class Balancer:
         for batch in batches:
             rows = self._new_rows()
             roots = self._roots(batch, scale, call.parameters)
-            rows.take(roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph)
+            with self.processes.agreeing() as laid:
+                rows.take(
+                    roots, call.parameters, sit_out=call.absent, retain_graph=call.retain_graph
+                )
+                laid.append(rows)
             if gathered and rows.shared != gathered[0].shared:
                 raise ValueError(
                     "independent batches must share the same parameters, found "
@@ -859,7 +940,10 @@ class Balancer:
         pending = self._gather(call.batch, values, absent)
         # An extreme of any batch that is not finite is one of their sum.
         extremes = torch.stack([n / len(norms) for n in norms]).sum(0)
-        products = _unscaled(cross_gramian(first.jacobian, gathered[1].jacobian), scale)
+        product, extremes = self.processes.cross_product(
+            first.jacobian, gathered[1].jacobian, extremes
+        )
+        products = _unscaled(product, scale)
         host = HostValues(products, values, extremes)
         overflow = partial(self._deliver_overflow, first)
         found = self._examine(products, host, overflow, pending, scale)
@@ -926,7 +1010,7 @@ class Balancer:
             head_weights = torch.ones_like(like)
         reads = scale is None and self._reads(like, single_pass=True)
         before = self._known_reach(batch, call.parameters)
-        reach = [before[i] if i in batch.missing else None for i in range(n_tasks)]
+        reach = [before[i] if i in batch.lacking else None for i in range(n_tasks)]
         elsewhere = {k for row in reach if row for k, yes in enumerate(row) if yes}
         n_known = len(present) + sum(row is not None for row in reach)
         total = WeightedSum(call.parameters, self.shared_params, n_known, elsewhere)
@@ -1077,7 +1161,7 @@ class Balancer:
 
     def _transformed(self, batch: Losses) -> tuple[Tensor, Tensor]:
         """The losses that the aggregator sees, and the derivative of each by the loss itself."""
-        return self._seen(batch.values), self._factors(batch.values)
+        return self._seen(batch.values), self._factors(batch)
 
     def _seen(self, losses: Tensor) -> Tensor:
         """Losses as the aggregator sees them."""
@@ -1085,7 +1169,12 @@ class Balancer:
             losses = losses.float()
         return losses.log() if self.loss_transform == "log" else losses
 
-    def _factors(self, losses: Tensor) -> Tensor:
+    def _factors(self, batch: Losses) -> Tensor:
+        """What each loss is multiplied by, for the gradients that the aggregator sees."""
+        factors = self._derivative(batch.values)
+        return factors if batch.factors is None else factors * batch.factors.to(factors)
+
+    def _derivative(self, losses: Tensor) -> Tensor:
         """The derivative of what the aggregator sees by the losses themselves."""
         if losses.dtype in (torch.float16, torch.bfloat16):
             losses = losses.float()
@@ -1097,7 +1186,7 @@ class Balancer:
         """Where the T backward passes start."""
         known = self._known_reach(batch, parameters)
         if isinstance(batch, Losses):
-            return batch.roots(_scaled(self._factors(batch.values), scale), known)
+            return batch.roots(_scaled(self._factors(batch), scale), known)
         return batch.roots(partial(self._cotangent, scale=scale), known)
 
     def _known_reach(
@@ -1105,7 +1194,7 @@ class Balancer:
     ) -> list[Reach | None]:
         """What each task reached when it was last there; only if one is missing."""
         nothing: list[Reach | None] = [None] * len(batch.names)
-        return self._remembered(parameters, nothing) if batch.missing else nothing
+        return self._remembered(parameters, nothing) if batch.lacking else nothing
 
     def _remembered(
         self, parameters: Sequence[Tensor], reach: list[Reach | None]
@@ -1135,7 +1224,7 @@ class Balancer:
         """What a lazy loss is multiplied by."""
         if self.loss_transform == "log" and loss.device.type == "cpu":
             check_positive([name], loss[None])
-        return _scaled(self._factors(loss), scale)
+        return _scaled(self._derivative(loss), scale)
 
     def _absent_after(self, call: BackwardCall, single_pass: bool) -> frozenset[int] | None:
         """Tasks that sit the step out, once lazy losses are evaluated; None skips it."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -169,8 +170,27 @@ def check_options(
         raise ValueError(f"`update_every` must be a positive integer, found {update_every!r}")
     one_of("loss_transform", loss_transform, (None, "log"))
     one_of("nonfinite", nonfinite, ("raise", "skip", "drop"))
-    if group is not None:
-        raise NotImplementedError("`process_group` (several processes) is not there yet")
+    if group is None or group == "local":
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            '`process_group` must be a torch.distributed.ProcessGroup, "local" or None, found '
+            f"{type(group).__name__}"
+        )
+
+
+def check_batch_size(batch_size: Any, n_tasks: int) -> None:
+    """Whether it is a number that is not negative, or one for each task."""
+    if batch_size is None:
+        return
+    sizes = [batch_size] if isinstance(batch_size, int | float) else list(batch_size)
+    if isinstance(batch_size, int | float) or len(sizes) == n_tasks:
+        if all(0 <= float(size) < float("inf") for size in sizes):
+            return
+    raise ValueError(
+        f"`batch_size` must be a number, 0 or more, or {n_tasks} of them, one for each task, "
+        f"found {batch_size!r}"
+    )
 
 
 def check_jacobian_dtype(dtype: Any, jacobian: str, optimizer: Optimizer) -> None:
@@ -204,7 +224,7 @@ def check_jacobian_dtype(dtype: Any, jacobian: str, optimizer: Optimizer) -> Non
 
 def check_all_there(aggregator: Aggregator, batches: Sequence[Losses | LazyLosses]) -> None:
     """Whether no loss is None, for a method that cannot do without."""
-    found = sorted({i for batch in batches for i in batch.missing})
+    found = sorted({i for batch in batches for i in batch.lacking})
     if found:
         raise ValueError(
             f"{aggregator.name!r} compares batches loss by loss: every loss must be there, found "

@@ -26,12 +26,18 @@ class LazyLosses:
         functions: T of them, without arguments; None for a task that is missing, not for all.
 
     Attributes:
-        missing: tasks that are absent from this batch.
+        lacking: tasks that are absent from this batch, here. missing: those that are absent from it
+            in all processes.
+        factors: `[T]`, what this process's losses count for beside those of others, or None.
+        averaged: from this process's losses `[T]` to those of the whole batch.
     """
 
     def __init__(self, names: Names, functions: Sequence[Function | None]) -> None:
         self.names = names
-        self.missing = frozenset(i for i, f in enumerate(functions) if f is None)
+        self.lacking = self.missing = frozenset(i for i, f in enumerate(functions) if f is None)
+        self.factors: list[float] | None = None
+        self.averaged: Callable[[Tensor], Tensor] = lambda values: values
+        self._averaged: Tensor | None = None
         self._functions = functions
         self._values: dict[int, Tensor] = {}
         self._first: Tensor | None = None
@@ -39,13 +45,16 @@ class LazyLosses:
     @property
     def values(self) -> Tensor:
         """`[T]`, detached, NaN for missing tasks; once all functions have been called."""
-        assert len(self._values) + len(self.missing) == len(self.names)
-        return stacked([self._values.get(i) for i in range(len(self.names))])
+        assert len(self._values) + len(self.lacking) == len(self.names)
+        if self._averaged is None:
+            mine = stacked([self._values.get(i) for i in range(len(self.names))])
+            self._averaged = self.averaged(mine)
+        return self._averaged
 
     def like(self) -> Tensor:
         """Ones `[T]` with the losses' dtype and device; calls the first function."""
         if not self._values:
-            first = next(i for i in range(len(self.names)) if i not in self.missing)
+            first = next(i for i in range(len(self.names)) if i not in self.lacking)
             self._first = self._evaluate(first)
         return torch.ones_like(next(iter(self._values.values()))).repeat(len(self.names))
 
@@ -97,7 +106,7 @@ class LazyRoots:
         cotangent: Callable[[str | int, Tensor], Tensor],
         known: Sequence[Reach | None] | None = None,
     ) -> None:
-        self.missing = losses.missing
+        self.missing = losses.lacking
         self._losses = losses
         self._cotangent = cotangent
         self._known = known
@@ -110,7 +119,10 @@ class LazyRoots:
         if i in self.missing:
             return Absent(self._known[i] if self._known else None)
         loss, value = self._losses.take(i)
-        return loss, self._cotangent(self._losses.names[i], value).to(loss.dtype)
+        cotangent = self._cotangent(self._losses.names[i], value)
+        if self._losses.factors is not None:
+            cotangent = cotangent * self._losses.factors[i]
+        return loss, cotangent.to(loss.dtype)
 
 
 def are_functions(losses: object) -> bool:

@@ -35,13 +35,17 @@ class Losses:
 
     names: keys of the dict, or 0 … T − 1. values: `[T]`, detached; NaN for a task that is missing.
     tensors: the T 0-dim losses, None for a task that is missing; or the one 1-D tensor that holds
-    them all. missing: tasks that are absent from this batch.
+    them all. lacking: tasks that are absent from this batch, here. missing: those that are absent
+    from it in all processes. factors: `[T]`, what this process's losses count for beside those of
+    others; None for as much as each of theirs.
     """
 
     names: Names
     values: Tensor
     tensors: list[Tensor | None] | Tensor
     missing: frozenset[int] = frozenset()
+    lacking: frozenset[int] = frozenset()
+    factors: Tensor | None = None
 
     def like(self) -> Tensor:
         """`[T]`, with the losses' dtype and device."""
@@ -91,8 +95,11 @@ class Losses:
             grad = weights.to(self.tensors.dtype)
             torch.autograd.backward(self.tensors, grad, retain_graph, inputs=inputs)
             return
-        pairs = [pair for i, pair in enumerate(self.roots(weights)) if i not in absent]
-        roots, cotangents = zip(*there(pairs), strict=True)
+        pairs = there([pair for i, pair in enumerate(self.roots(weights)) if i not in absent])
+        if not pairs:
+            # Other processes have losses.
+            return
+        roots, cotangents = zip(*pairs, strict=True)
         if isinstance(self.tensors, list):
             torch.autograd.backward(roots, cotangents, retain_graph, inputs=inputs)
             return
@@ -149,7 +156,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
             f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"
         )
     check_names(found, names)
-    return Losses(found, stacked(tensors), tensors, missing)
+    return Losses(found, stacked(tensors), tensors, missing, missing)
 
 
 def stacked(losses: Sequence[Tensor | None]) -> Tensor:

@@ -13,7 +13,27 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-__all__ = ["interrupts_held_back", "may_ask_again", "parameters_remembered", "remembered"]
+__all__ = [
+    "Reference",
+    "interrupts_held_back",
+    "may_ask_again",
+    "parameters_remembered",
+    "remembered",
+]
+
+
+class Reference:
+    """A thing that belongs to its process: copies of the holder have the same one.
+
+    Args:
+        thing: anything; None is nothing.
+    """
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        return self
 
 
 def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:

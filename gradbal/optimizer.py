@@ -15,6 +15,7 @@ from gradbal._balancer import BackwardCall, Balancer
 from gradbal._checkpoint import check_groups, completed, pack, put_back_on_error, unpack
 from gradbal._checks import (
     check_all_there,
+    check_batch_size,
     check_call,
     check_closures,
     check_fit,
@@ -34,6 +35,7 @@ from gradbal._lazy import LazyLosses, read_functions
 from gradbal._losses import Losses, read_instances, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError
 from gradbal._undo import (
+    Reference,
     interrupts_held_back,
     may_ask_again,
     parameters_remembered,
@@ -91,7 +93,9 @@ class MultiTaskOptimizer(Optimizer):
         loss_transform: None, or "log" to balance the gradients of the losses' logarithms.
         nonfinite: what happens on NaN and inf. "raise" a `NonFiniteError`; "skip" the step, which
             is counted; "drop" the task from this step. A scalarizer sees the losses alone.
-        process_group: reserved.
+        process_group: the `torch.distributed` group whose processes take each step together, with
+            a part of the batch each; see `gradbal.distributed`. None finds it from the DDP or FSDP
+            module that the parameters belong to; "local" is this process alone.
         sketch_size: k of jacobian="sketch", 65,536 if left out. Cosines are off by 1/√k (one
             standard error), and exact where P ≤ k.
         match_sum: multiply the shared gradient by T, for methods whose d is g where all gradients
@@ -153,6 +157,7 @@ class MultiTaskOptimizer(Optimizer):
             raise ValueError("`optimizer` must have at least one parameter, found none")
         self.aggregator = make_aggregator(aggregator, aggregator_kwargs)
         check_options(heads, update_every, loss_transform, nonfinite, process_group)
+        self._process_group = Reference(process_group)
         check_jacobian_dtype(jacobian_dtype, jacobian, optimizer)
         check_fit(self.aggregator, heads, update_every, match_sum, loss_transform, nonfinite)
         if jacobian == "instance" and update_every != 1:
@@ -306,6 +311,7 @@ class MultiTaskOptimizer(Optimizer):
         accumulate: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
+        batch_size: float | Sequence[float] | None = None,
     ) -> None:
         """Puts the balanced gradient of the losses into `.grad`, adding to what is there.
 
@@ -336,6 +342,9 @@ class MultiTaskOptimizer(Optimizer):
             grad_scaler: the `GradScaler` whose `step` follows. The losses are the plain ones;
                 gradients land scaled, and an overflow is left to the scaler.
             retain_graph: keep the losses' graph; with functions, for what they have in common.
+            batch_size: with several processes, what this one's losses are means over: the number of
+                its samples, or T numbers, one for each task. The losses of the whole batch are the
+                means weighted with it; None for equal parts. 0 for a part that counts nothing.
 
         Raises:
             TypeError, ValueError: losses that are not what is said above, or `accumulate` with
@@ -343,30 +352,27 @@ class MultiTaskOptimizer(Optimizer):
             NonFiniteError: a loss or a gradient is NaN or inf, under `nonfinite="raise"`; nothing
                 has changed, except that pending gradients are given up if it was a gradient or a
                 function's loss. So it is where a function itself raises.
+            DistributedError: another process could not take the step, or was to take another one;
+                nothing has changed then.
             RuntimeError: a compiled part of the model does not allow several backward passes.
         """
         balancer = self._balancer
-        instances = isinstance(balancer.engine, Instance)
-        check_call(self.aggregator, features, independent, accumulate, self._in_closure, instances)
-        batch: Losses | LazyLosses
-        if instances:
-            batch = read_instances(losses, None if balancer.varies else balancer.tasks)
-        else:
-            batch = read_functions(losses, balancer.tasks) or read_losses(losses, balancer.tasks)
-        others = tuple(
-            read_functions(l, batch.names) or read_losses(l, batch.names) for l in independent
-        )
         parameters = self._trained()
+        processes = balancer.find_processes(parameters, self._process_group.thing)
+        asked = features is not None, len(independent), accumulate, grad_scaler is not None
+        try:
+            batches = self._read(losses, features, independent, accumulate, batch_size)
+        except Exception as error:
+            processes.failed(error)
+            raise
+        batch, *others = processes.meet(batches, batch_size, self._plan(*asked))
         lazy = any(isinstance(each, LazyLosses) for each in (batch, *others))
-        if lazy:
-            check_lazy(self.aggregator, balancer.engine, features)
         like = batch.like()
         if balancer.loss_transform == "log" and like.device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
             for each in (batch, *others):
                 if not isinstance(each, LazyLosses):
                     check_positive(each.names, each.values)
-        check_all_there(self.aggregator, (batch, *others) if others else ())
         single_pass = not balancer.needs_jacobian(accumulate, batch.missing)
         if accumulate and not single_pass:
             balancer.check_gathers()
@@ -395,11 +401,50 @@ class MultiTaskOptimizer(Optimizer):
                 and not self._spoiled
                 and balancer.backward(
                     BackwardCall(
-                        batch, parameters, absent, accumulate, scale, retain_graph, features, others
+                        batch,
+                        parameters,
+                        absent,
+                        accumulate,
+                        scale,
+                        retain_graph,
+                        features,
+                        tuple(others),
                     )
                 )
             )
             self._book(batch, delivered, accumulate, single_pass and scale is None)
+
+    def _read(
+        self,
+        losses: Any,
+        features: Tensor | None,
+        independent: Sequence[Any],
+        accumulate: bool,
+        batch_size: float | Sequence[float] | None,
+    ) -> list[Losses | LazyLosses]:
+        """The losses of all batches, checked, before anybody else hears of them."""
+        balancer = self._balancer
+        names, instances = balancer.tasks, isinstance(balancer.engine, Instance)
+        check_call(self.aggregator, features, independent, accumulate, self._in_closure, instances)
+        batches: list[Losses | LazyLosses] = []
+        if instances:
+            batches.append(read_instances(losses, None if balancer.varies else names))
+        else:
+            batches.append(read_functions(losses, names) or read_losses(losses, names))
+        names = batches[0].names
+        batches += [read_functions(each, names) or read_losses(each, names) for each in independent]
+        if any(isinstance(each, LazyLosses) for each in batches):
+            check_lazy(self.aggregator, balancer.engine, features)
+        # Calls the first of the functions.
+        batches[0].like()
+        check_all_there(self.aggregator, batches if independent else ())
+        check_batch_size(batch_size, len(names))
+        balancer.check_processes(batches, features)
+        return batches
+
+    def _plan(self, *asked: object) -> str:
+        """What has to be the same in all processes."""
+        return f"{self.aggregator.name} at step {self._balancer.n_steps} {asked}"
 
     def _book(
         self, batch: Losses | LazyLosses, delivered: bool, accumulate: bool, alone: bool

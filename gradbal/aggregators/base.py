@@ -133,6 +133,16 @@ class Aggregator(ABC):
 
         return all_of_it
 
+    def generators(self) -> list[torch.Generator]:
+        """What it draws from."""
+        found = []
+        for value in vars(self).values():
+            if isinstance(value, torch.Generator):
+                found.append(value)
+            elif isinstance(value, Aggregator):
+                found += value.generators()
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Name, hyperparameters and whole state: tensors, numbers, strings, lists and dicts."""
         state = {name: _plain(getattr(self, name)) for name in self.state_names}
@@ -302,6 +312,8 @@ class JacobianAggregator(Aggregator):
     """Whether `d = Jᵀw` with these weights, so that they can be used again for another J."""
     per_parameter_state: ClassVar[bool] = False
     """Whether there is state `[T, P]`, for which the shared parameters have to stay the same."""
+    takes_turns: ClassVar[bool] = False
+    """Whether `tasks_in_turn` names some tasks and not all."""
     last_weights: Tensor | None = None
     """`w [T]` of the last direction."""
     last_head_weights: Tensor | None = None

@@ -78,6 +78,7 @@ class MConFIG(RowStateMixin, JacobianAggregator):
     """
 
     per_parameter_state = True
+    takes_turns = True
     state_names = ("rows", "turns", "queue", "pseudo_momentum", "root", "step")
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -402,6 +403,24 @@ class Rows:
         sizes = [p.numel() for p in chosen]
         buffer = torch.zeros(len(reach), sum(sizes), dtype=dtype, device=device)
         return _Layout(parameters, reach, shared, buffer)
+
+    def signature(self) -> int:
+        """A number that is another one, almost surely, where the layout is."""
+        layout = self._current
+        rows = [layout.shared, *([] if row is None else row for row in layout.reach)]
+        return zlib.crc32(repr([list(map(int, row)) for row in rows]).encode())
+
+    def widen(self, reach: list[Reach | None]) -> None:
+        """Takes over what each task reaches elsewhere; its gradients are zero there."""
+        before = self._current
+        loose = self._loosen(before, range(len(before.reach)))
+        layout = self._new_layout(before.parameters, reach)
+        for i, row in enumerate(loose):
+            for k, view in layout.views[i].items():
+                if k in row:
+                    view.copy_(row[k])
+            self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
+        self._layout = layout
 
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +50,21 @@ class Sketched:
     extremes: Tensor
     shared: list[Tensor]
     reach: list[Reach | None] = field(default_factory=list)
+
+    def signature(self) -> int:
+        """A number that is another one, almost surely, where other parameters are reached."""
+        return zlib.crc32(repr(self.reach).encode())
+
+    def widen(self, reach: list[Reach | None]) -> None:
+        """Sketches of other parameters cannot be made to match.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            'with jacobian="sketch" losses must reach the same parameters in all processes, found '
+            'that they do not; use "loop"'
+        )
 
     def found(self) -> Found:
         """The Gramian of the sketches, every product in float64."""
