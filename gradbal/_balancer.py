@@ -19,6 +19,7 @@ from gradbal._representation import Representation
 from gradbal._undo import remembered
 from gradbal.aggregators.base import (
     Aggregator,
+    ClosureAggregator,
     DoubleSamplingAggregator,
     GramianAggregator,
     JacobianAggregator,
@@ -208,6 +209,8 @@ class Balancer:
         self._pending: _Pending | None = None
         self._n_shared: int | None = None
         self._graph_seen = False
+        # Whether state `[..., P]` is of this process's columns alone.
+        self._own_columns = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
         self.unobserved: tuple[Tensor, list[int]] | None = None
@@ -286,7 +289,7 @@ class Balancer:
     def _use(self, engine: Engine) -> None:
         self.engine = engine
         if isinstance(engine, RowsEngine):
-            self.rows.engine = engine
+            self.rows.engine = self.processes.engine or engine
 
     def _free_unused(self) -> None:
         """Gives back what engines that were not chosen have kept."""
@@ -392,6 +395,8 @@ class Balancer:
         if found != self._processes_of:
             self.processes = find_processes(parameters, process_group, self.aggregator)
             self._processes_of = found
+            if not self.rows.pending:
+                self.rows = self._new_rows()
         return self.processes
 
     def check_processes(
@@ -403,7 +408,7 @@ class Balancer:
             self.aggregator.probed_parameters() is not None
         )
         kinds = {
-            self.engine.name: not isinstance(self.engine, RowsEngine),
+            self.engine.name: True,
             "masks": features is not None and isinstance(self.aggregator, JacobianAggregator),
             "features": features is not None,
             "independent": len(batches) > 1,
@@ -411,6 +416,8 @@ class Balancer:
             "logarithms of functions": lazy and self.loss_transform == "log",
             "dropped functions": lazy and self.nonfinite == "drop",
             "probes": probes,
+            "closures": isinstance(self.aggregator, ClosureAggregator)
+            and self.aggregator.looks_around,
         }
         self.processes.check([kind for kind, asked in kinds.items() if asked])
 
@@ -468,6 +475,7 @@ class Balancer:
             self._reach = [parameters[k] for k in places], known
         self._columns = None if state["columns"] is None else list(state["columns"])
         self.rows, self._pending, self.unobserved = rows, pending, unobserved
+        self._own_columns = False
 
     def _reach_state(self, parameters: Sequence[Tensor]) -> list[Any] | None:
         """What is known of the tasks' reach, by the places of the parameters; a character each."""
@@ -482,6 +490,8 @@ class Balancer:
     def _step_for(self, call: BackwardCall) -> Callable[[BackwardCall], bool]:
         aggregator = self.aggregator
         if not self.needs_jacobian(call.accumulate, call.batch.missing):
+            if self.processes.engine is not None and not self._one_pass_does():
+                return self._rows_step
             if not call.lazy:
                 return self._single_step
             return self._sum_step if self._knows_weights(call.batch.missing) else self._rows_step
@@ -499,10 +509,23 @@ class Balancer:
                 return self._gramian_step
         return self._rows_step
 
+    def _one_pass_does(self) -> bool:
+        """Whether all parameters get the gradient of the same weighted sum."""
+        known = self._pending.weights if self._pending is not None else None
+        if known is not None:
+            same = known[0] is known[1]
+        elif isinstance(self.aggregator, Scalarizer):
+            same = not self.match_sum
+        else:
+            same = self.head_weights is None
+        return same and self.heads == "weighted"
+
     def _new_rows(self) -> Rows:
-        if isinstance(self.engine, RowsEngine):
-            return Rows(self.shared_params, self.engine, dtype=self.jacobian_dtype)
-        return Rows(self.shared_params, dtype=self.jacobian_dtype)
+        shared = self.shared_params and [*self.processes.stand_ins(self.shared_params)]
+        engine = self.processes.engine or self.engine
+        if isinstance(engine, RowsEngine):
+            return Rows(shared, engine, dtype=self.jacobian_dtype)
+        return Rows(shared, dtype=self.jacobian_dtype)
 
     def needs_jacobian(self, accumulate: bool, missing: frozenset[int]) -> bool:
         """Whether the next step takes a Jacobian, and not one pass with weights that are known."""
@@ -564,8 +587,9 @@ class Balancer:
         if call.accumulate:
             rows.pending = True
             return True
-        if isinstance(self.aggregator, Scalarizer):
-            self._combine_gathered(pending, scale)
+        refreshes = self._refreshes(batch.missing)
+        if isinstance(self.aggregator, Scalarizer) or not refreshes:
+            self._combine_gathered(pending, scale, refreshes)
             return True
         self._check_columns()
         if isinstance(self.aggregator, JacobianAggregator):
@@ -586,14 +610,15 @@ class Balancer:
         self._finish(w, head_weights, found.gramian, found.absent)
         return True
 
-    def _combine_gathered(self, pending: _Pending, scale: Tensor | None) -> None:
-        """What a scalarizer makes of gathered rows: from the losses alone, as in a single pass."""
+    def _combine_gathered(self, pending: _Pending, scale: Tensor | None, refreshes: bool) -> None:
+        """What weights that do not depend on rows make of them, as in a single pass."""
         present = [i for i in range(len(pending.values)) if i not in pending.absent]
-        weights = pending.weights or self._single_weights(pending.values, present, refreshes=True)
+        weights = pending.weights or self._single_weights(pending.values, present, refreshes)
         direction = self.rows.combined(weights[0], present)
         self.rows.deliver(direction, self._head_factors(weights[1], present))
-        self._train_own_weights(pending.values, present, scale)
-        self._finish(*weights, None, pending.absent)
+        if refreshes:
+            self._train_own_weights(pending.values, present, scale)
+        self._finish(*weights, None, pending.absent, refreshes)
 
     def _waiting(self, n_tasks: int, absent: frozenset[int]) -> frozenset[int]:
         """Tasks whose turn it is not; the first micro-batch of a step decides for all of them."""
@@ -707,7 +732,12 @@ class Balancer:
         rows, values = _rows_of(jacobian, present), _rows_of(host.losses, present)
         if isinstance(aggregator, JacobianAggregator):
             plain = rows if scale is None else rows / scale.to(rows)
-            direction = aggregator.direction(plain, values, **self._taking_part(present))
+            aggregator.columns = self.processes.shards(self.rows.shared)
+            try:
+                self._take_own_columns(aggregator)
+                direction = aggregator.direction(plain, values, **self._taking_part(present))
+            finally:
+                aggregator.columns = None
             if self._gain(present) != 1.0:
                 direction = direction * self._gain(present)
             if scale is not None:
@@ -723,6 +753,28 @@ class Balancer:
         wide = torch.promote_types(jacobian.dtype, torch.float32)
         pieces = [combine(w, part, wide) for w, part in zip(grouped, parts, strict=True)]
         return torch.cat(pieces), None, torch.ones(len(jacobian), dtype=torch.float64)
+
+    def _take_own_columns(self, aggregator: JacobianAggregator) -> None:
+        """State `[..., P]` from a checkpoint, of all columns, becomes that of this process's."""
+        columns = aggregator.columns
+        if columns is None or not aggregator.per_parameter_state or self._own_columns:
+            return
+        for name in aggregator.state_names:
+            value = getattr(aggregator, name)
+            if isinstance(value, Tensor):
+                setattr(aggregator, name, columns.own(value))
+        self._own_columns = True
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state of the aggregator with all columns, for a checkpoint."""
+        aggregator = self.aggregator
+        if not (self._own_columns and isinstance(aggregator, JacobianAggregator)):
+            return state
+        columns = self.processes.shards(self._columns or [])
+        assert columns is not None
+        values = state["state"]
+        whole = {k: columns.whole(v) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return {**state, "state": whole}
 
     def _weights(self, host: HostValues, present: list[int]) -> tuple[Tensor, Tensor]:
         """Weights and head weights `[T]`, float64 on the host, the same object where the same."""
@@ -1056,6 +1108,9 @@ class Balancer:
             head_weights = _only(torch.ones_like(factors), present)
         if isinstance(self.engine, Instance):
             self._deliver_instances(self.engine, call, factors, w, head_weights, taken)
+            return
+        if self.processes.engine is not None:
+            self.processes.single_pass(batch, w * factors, retain_graph, call.absent)
             return
         if self.heads == "weighted" and weights[0] is weights[1]:
             batch.backward(w * factors, parameters, retain_graph, call.absent)

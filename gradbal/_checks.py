@@ -184,9 +184,9 @@ def check_batch_size(batch_size: Any, n_tasks: int) -> None:
     if batch_size is None:
         return
     sizes = [batch_size] if isinstance(batch_size, int | float) else list(batch_size)
-    if isinstance(batch_size, int | float) or len(sizes) == n_tasks:
-        if all(0 <= float(size) < float("inf") for size in sizes):
-            return
+    fits = isinstance(batch_size, int | float) or len(sizes) == n_tasks
+    if fits and all(0 <= float(size) < float("inf") for size in sizes):
+        return
     raise ValueError(
         f"`batch_size` must be a number, 0 or more, or {n_tasks} of them, one for each task, "
         f"found {batch_size!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from gradbal._lazy import evaluated
 from gradbal._losses import Losses, Names, read_losses
 from gradbal._nonfinite import NonFiniteError, not_finite
 from gradbal._undo import interrupts_held_back
+from gradbal.distributed import Alone
 from gradbal.jacobian import check_dense, gradients, hooks_held_back, there
 
 __all__ = ["Closure", "Evaluations", "length", "read_values"]
@@ -215,6 +217,7 @@ class Evaluations:
         parameters: n leaf tensors.
         optimizer: the wrapped one; for learning rates, momentum and weight decay.
         names: the tasks, or None before the first step.
+        processes: who has the other parts of the batches.
 
     Attributes:
         here: the training losses at the current point, with their graph; None before `begin`.
@@ -227,6 +230,7 @@ class Evaluations:
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
         names: Names | None,
+        processes: Alone,
     ) -> None:
         devices = {p.device for p in parameters}
         if len(devices) > 1:
@@ -238,6 +242,7 @@ class Evaluations:
         self._parameters = list(parameters)
         self._optimizer = optimizer
         self._names = names
+        self._processes = processes
         self._moved = False
         self._home: list[Tensor] | None = None
         self.here: Losses | None = None
@@ -253,6 +258,7 @@ class Evaluations:
         if source == "train" and self.here is not None and not self._moved:
             return self.here.values
         values = read_values(self._closure(source).again(grad=False), self._names)
+        values = self._processes.average_values(values)
         self._check_finite(values, "losses", source)
         return values
 
@@ -266,7 +272,7 @@ class Evaluations:
         """`ℓ [T]` and `∇ Σ w_i ℓ_i [P]`, by one forward and one backward pass."""
         batch = self._with_graph(source)
         roots, cotangents = zip(*there(batch.roots(weights.to(batch.values))), strict=True)
-        gradient = self._flat(self._gradients(roots, cotangents))
+        gradient = self._processes.average(self._flat(self._gradients(roots, cotangents)))
         self._check_finite(gradient.abs().amax(), "gradients", source)
         return batch.values, gradient
 
@@ -275,6 +281,7 @@ class Evaluations:
         batch = self._with_graph(source)
         roots = there(batch.roots(torch.ones_like(batch.values)))
         rows = torch.stack([self._flat(self._gradients(root, c)) for root, c in roots])
+        rows = self._processes.average(rows)
         self._check_finite(rows.abs().amax(1), "gradients", source)
         return rows
 
@@ -369,6 +376,7 @@ class Evaluations:
         if source == "train" and self.here is not None and not self._moved:
             return self.here
         batch = read_losses(self._closure(source).again(grad=True), self._names)
+        batch = replace(batch, values=self._processes.average_values(batch.values))
         self._check_finite(batch.values, "losses", source)
         return batch
 

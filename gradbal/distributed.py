@@ -30,12 +30,12 @@ from torch import Tensor
 
 from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses
-from gradbal.jacobian import Reach, cross_gramian, gramian, upload, wants_exact
+from gradbal.jacobian import Reach, RowsEngine, cross_gramian, gramian, upload, wants_exact
 
 if TYPE_CHECKING:
     from gradbal.aggregators.base import Aggregator
 
-__all__ = ["Alone", "DistributedError", "Replicas", "Spread", "find_processes"]
+__all__ = ["Alone", "ColumnShards", "DistributedError", "Replicas", "Spread", "find_processes"]
 
 Spread = Literal["rows", "columns", "nothing"]
 """What a Gramian has to be summed over: every process has its own rows, to be averaged; its own
@@ -65,6 +65,27 @@ class DistributedError(RuntimeError):
     def __init__(self, message: str, ranks: Sequence[int]) -> None:
         self.ranks = list(ranks)
         super().__init__(message)
+
+
+class ColumnShards(Protocol):
+    """The columns of J, of which each process has some."""
+
+    @property
+    def width(self) -> int:
+        """P, how many columns there are."""
+        ...
+
+    def sum(self, sums: Tensor) -> Tensor:
+        """Sums over this process's columns, added up."""
+        ...
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's columns `[..., p]` of all of them `[..., P]`."""
+        ...
+
+    def whole(self, own: Tensor) -> Tensor:
+        """All columns `[..., P]`, from every process's own."""
+        ...
 
 
 class Laid(Protocol):
@@ -98,6 +119,29 @@ class Alone:
         for kind in kinds:
             if kind in self.cannot:
                 raise ValueError(f"with {self.size} processes {self.cannot[kind]}")
+
+    @property
+    def engine(self) -> RowsEngine | None:
+        """What has to take the rows; None leaves the choice."""
+        return None
+
+    def stand_ins(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Plain tensors in the place of the parameters."""
+        return parameters
+
+    def single_pass(
+        self, batch: Losses, weights: Tensor, retain_graph: bool, absent: frozenset[int]
+    ) -> bool:
+        """Whether it was for the processes to make the pass of `Σ w_i ℓ_i`, and is made."""
+        return False
+
+    def shards(self, shared: Sequence[int]) -> ColumnShards | None:
+        """The columns of J, where each process has some; None where each has them all.
+
+        Args:
+            shared: indices of the shared parameters.
+        """
+        return None
 
     def failed(self, error: Exception) -> None:
         """Tells the others that this process cannot take the step that they are about to take."""
@@ -187,7 +231,9 @@ class Host:
     def __init__(self, group: dist.ProcessGroup) -> None:
         if "cpu:" not in dist.get_backend_config(group):
             ranks = dist.get_process_group_ranks(group)
-            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            assert isinstance(made, dist.ProcessGroup)
+            group = made
         self.group = group
         self.size = dist.get_world_size(group)
 
@@ -603,6 +649,16 @@ def find_processes(
 def is_sharded(parameter: Tensor) -> bool:
     """Whether each process has a part of it."""
     return hasattr(parameter, "device_mesh")
+
+
+def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor as each process has it of such a parameter."""
+    if not is_sharded(parameter):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(whole, mesh, placements)
 
 
 def _ddp_modules(parameters: Sequence[Tensor]) -> list[Any]:

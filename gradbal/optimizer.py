@@ -42,6 +42,7 @@ from gradbal._undo import (
     remembered,
 )
 from gradbal.aggregators.base import Aggregator, BilevelAggregator, ClosureAggregator
+from gradbal.distributed import is_sharded, sharded_like
 from gradbal.jacobian import Instance
 
 __all__ = ["MultiTaskOptimizer", "NonFiniteError"]
@@ -402,7 +403,7 @@ class MultiTaskOptimizer(Optimizer):
                 and balancer.backward(
                     BackwardCall(
                         batch,
-                        parameters,
+                        [*processes.stand_ins(parameters)],
                         absent,
                         accumulate,
                         scale,
@@ -528,7 +529,8 @@ class MultiTaskOptimizer(Optimizer):
         self._balancer.unobserved = None
         if looking is not None and looking.looks_after:
             try:
-                looking.update(read_values(train.again(grad=False), self._balancer.tasks))
+                values = read_values(train.again(grad=False), self._balancer.tasks)
+                looking.update(self._balancer.processes.average_values(values))
             except BaseException:
                 # The step itself is taken.
                 looking.give_up()
@@ -575,6 +577,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         if isinstance(self.aggregator, ClosureAggregator) and self.aggregator.looks_after:
             values = read_values(losses, self._balancer.tasks)
+            values = self._balancer.processes.average_values(values)
             if self._undo_left_out():
                 return
             with self._undone_on_errors():
@@ -643,10 +646,11 @@ class MultiTaskOptimizer(Optimizer):
         groups, own = self._groups()
         everything = self._everything()
         late = None if self._late is None else self._late.values
+        before = self._state_before()
         entry = {
             "format": _FORMAT,
-            "aggregator": self.aggregator.state_dict(),
-            "before": self._state_before(),
+            "aggregator": self._balancer.whole_state(self.aggregator.state_dict()),
+            "before": before and self._balancer.whole_state(before),
             "balancer": self._balancer.state_dict([p for group in groups for p in group]),
             "shapes": [[list(p.shape) for p in group] for group in groups],
             "skipped": self._n_skipped,
@@ -794,7 +798,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def _set_grads(self, grads: Sequence[Tensor | None]) -> None:
         for p, g in zip(self._everything(), grads, strict=True):
-            p.grad = None if g is None else g.to(p.device)
+            p.grad = None if g is None else sharded_like(g.to(p.device), p)
 
     def _is_initialization(self) -> bool:
         """Whether this step is one by which `torch.distributed.checkpoint` makes the wrapped
@@ -839,11 +843,13 @@ class MultiTaskOptimizer(Optimizer):
     def _look_around(self, aggregator: ClosureAggregator, train: Closure, losses: Any) -> None:
         """Lets the method evaluate the closure around the current point, along the gradient."""
         batch = read_losses(losses, self._balancer.tasks)
+        processes = self._balancer.processes
+        values = processes.average_values(batch.values)
         block = self._trained()
         if aggregator.scope == "shared":
             block = self._balancer.shared_parameters(batch, block)
-        evaluations = Evaluations(train, None, block, self.optimizer, batch.names)
-        aggregator.look(evaluations, batch.values)
+        evaluations = Evaluations(train, None, block, self.optimizer, batch.names, processes)
+        aggregator.look(evaluations, values)
 
     def _bilevel_step(self, train: Closure, validation: Closure) -> Any:
         aggregator, balancer = self.aggregator, self._balancer
@@ -851,21 +857,28 @@ class MultiTaskOptimizer(Optimizer):
         self.zero_grad()
         losses = train.first()
         check_in_closure(aggregator, losses)
+        trained = self._trained()
+        processes = balancer.find_processes(trained, self._process_group.thing)
+        processes.check(["closures"])
         batch = read_losses(losses, balancer.tasks)
+        (batch,) = processes.meet([batch], None, self._plan("closures"))  # type: ignore[assignment]
         if balancer.absent([batch], single_pass=True) is None:
             self._n_skipped += 1
             return losses
-        evaluations = Evaluations(train, validation, self._trained(), self.optimizer, batch.names)
+        evaluations = Evaluations(
+            train, validation, trained, self.optimizer, batch.names, processes
+        )
         aggregator.learning_rate = _learning_rate(self.optimizer)
         try:
             evaluations.begin(batch)
             with self._undone_on_errors():
                 aggregator.prepare(len(batch.names), batch.values)
                 found = aggregator.step(evaluations)
-                if aggregator.gives_gradient:
-                    evaluations.deliver(found)
-                else:
-                    batch.backward(found, self._trained(), False)
+                with processes.completing(trained, some=False, accumulate=False):
+                    if aggregator.gives_gradient:
+                        evaluations.deliver(found)
+                    else:
+                        batch.backward(found, trained, False)
         except NonFiniteError:
             if balancer.nonfinite == "raise":
                 raise
@@ -907,6 +920,9 @@ class MultiTaskOptimizer(Optimizer):
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:
+    if grad is not None and is_sharded(grad):
+        whole: Tensor = grad.full_tensor()  # type: ignore[attr-defined]
+        return whole
     return grad if grad is None or grad.layout == torch.strided else grad.to_dense()
 
 

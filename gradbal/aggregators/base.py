@@ -22,6 +22,7 @@ from gradbal.registry import Promises
 
 if TYPE_CHECKING:
     from gradbal._closures import Evaluations
+    from gradbal.distributed import ColumnShards
 
 __all__ = [
     "Aggregator",
@@ -318,6 +319,31 @@ class JacobianAggregator(Aggregator):
     """`w [T]` of the last direction."""
     last_head_weights: Tensor | None = None
     """`[T]`, what task-specific gradients are multiplied by under `heads="weighted"`."""
+
+    columns: ColumnShards | None = None
+    """Set where J has some of the columns, and other processes have the others."""
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Sums over the columns of J, whoever has them."""
+        return sums if self.columns is None else self.columns.sum(sums)
+
+    def product(
+        self, rows: Tensor, delicate: Callable[[Tensor], bool] = lambda gramian: False
+    ) -> Tensor:
+        """The Gramian of all columns `[T, T]`, float64, on the host.
+
+        Args:
+            rows: `[T, P]`, as far as they are here.
+            delicate: whether this Gramian hangs on digits that float32 products do not have, for
+                other reasons than `wants_exact` knows.
+        """
+        if self.columns is not None:
+            # Whoever has few columns would decide otherwise.
+            return self.columns.sum(gramian(rows, exact=True)).cpu()
+        g = gramian(rows).cpu()
+        if wants_exact(g, rows) or delicate(g):
+            g = gramian(rows, exact=True).cpu()
+        return g
 
     @abstractmethod
     def direction(self, jacobian: Tensor, losses: Tensor | None = None) -> Tensor:

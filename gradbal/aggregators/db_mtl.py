@@ -131,7 +131,8 @@ class DBMTL(RowStateMixin, JacobianAggregator):
         if self.beta > 0:
             part, factors = self._average(part, inverse, indices)
         norms = [torch.linalg.vector_norm(row, dtype=torch.float64) for row in part]
-        alpha = db_mtl(torch.stack(norms).cpu() * factors)
+        norm = self.summed(torch.stack(norms).square()).sqrt()
+        alpha = db_mtl(norm.cpu() * factors)
         self.last_weights, self.last_head_weights = alpha * inverse, inverse
         return combine(alpha * factors, part).to(jacobian.dtype)
 

@@ -126,7 +126,7 @@ class ExcessMTL(RowStateMixin, JacobianAggregator):
         given = zip(indices, jacobian.detach(), strict=True)
         found = [_excess(before[i], g, rows[i]) for i, g in given]
         moving, ratios = [], []
-        for i, excess in zip(indices, torch.stack(found).tolist(), strict=True):
+        for i, excess in zip(indices, self.summed(torch.stack(found)).tolist(), strict=True):
             if counts[i] >= max(self.warmup, 1):
                 moving.append(i)
                 ratios.append(excess * counts[i] / sums[i])

@@ -151,7 +151,9 @@ class GradDrop(RandomMixin, JacobianAggregator):
             # One number goes to the device in place of a copy of all of them.
             seed = int(torch.randint(2**63 - 1, (), device="cpu", generator=generator))
             generator = Generator(device).manual_seed(seed)
-        return torch.rand(len(like), dtype=torch.float32, device=device, generator=generator)
+        width = len(like) if self.columns is None else self.columns.width
+        u = torch.rand(width, dtype=torch.float32, device=device, generator=generator)
+        return u if self.columns is None else self.columns.own(u)
 
 
 def graddrop(jacobian: Tensor, u: Tensor, leak: Leak = 0.0, f: Curve | None = None) -> Tensor:

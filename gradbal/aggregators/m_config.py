@@ -11,7 +11,7 @@ from gradbal.aggregators._arguments import in_range, integer
 from gradbal.aggregators._row_state import RowStateMixin
 from gradbal.aggregators.base import JacobianAggregator
 from gradbal.aggregators.config import ConFIG
-from gradbal.jacobian import combine, gramian, wants_exact
+from gradbal.jacobian import combine
 from gradbal.registry import Promises, register
 
 __all__ = ["MConFIG", "m_config"]
@@ -167,9 +167,7 @@ class MConFIG(RowStateMixin, JacobianAggregator):
         if 0 in turns:
             return torch.zeros_like(given[0])
         share = 1.0 - self.beta1 ** torch.tensor(turns, dtype=torch.float64)
-        g = gramian(rows).cpu()
-        if wants_exact(g, rows):
-            g = gramian(rows, exact=True).cpu()
+        g = self.product(rows)
         w = ConFIG(self.a, self.length).weights(g / share / share[:, None])
         unscaled = combine(w / share, rows)
         if self.pseudo_momentum is None or self.root is None:

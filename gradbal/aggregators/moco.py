@@ -12,7 +12,7 @@ from gradbal.aggregators._arguments import in_range, one_of
 from gradbal.aggregators._gramians import as_weights, symmetric_float64
 from gradbal.aggregators._row_state import RowStateMixin
 from gradbal.aggregators.base import JacobianAggregator
-from gradbal.jacobian import combine, gramian, wants_exact
+from gradbal.jacobian import combine
 from gradbal.registry import Promises, register
 from gradbal.solvers import project_simplex
 
@@ -145,16 +145,15 @@ class MoCo(RowStateMixin, JacobianAggregator):
             if self.normalize:
                 assert losses is not None
                 norm = torch.linalg.vector_norm(tracked, dtype=torch.float64)
+                norm = self.summed(norm.square()).sqrt()
                 factor = torch.where(norm > 0, losses[position].to(norm) / norm, 0.0)
                 tracked = tracked * factor.to(tracked)
             torch.lerp(before[i], tracked, beta, out=rows[i])
         part = rows if len(indices) == len(rows) else rows[indices]
         total = float(shares[indices].sum())
         begin = shares[indices] / total if total > 0 else np.full(len(part), 1.0 / len(part))
-        g = gramian(part).cpu()
         # Where γG is large, λ hangs on digits of G that float32 products do not have.
-        if wants_exact(g, part) or (not self.scale_free and gamma * float(g.trace()) > 1.0):
-            g = gramian(part, exact=True).cpu()
+        g = self.product(part, lambda g: not self.scale_free and gamma * float(g.trace()) > 1.0)
         w = moco(
             g,
             torch.from_numpy(begin),

@@ -38,6 +38,11 @@ class RowsEngine(Protocol):
         """What took the last rows."""
         ...
 
+    @property
+    def follows_graph(self) -> bool:
+        """Whether the graph of a loss tells which parameters have a gradient."""
+        ...
+
     def rows(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], retain_graph: bool
     ) -> Iterator[tuple[Tensor | None, ...] | Block]:

@@ -16,6 +16,7 @@ class Loop:
     """Takes the gradients of T losses one loss at a time: works for every model."""
 
     name = "loop"
+    follows_graph = True
 
     def rows(
         self, roots: Sequence[Root], parameters: Sequence[Tensor], retain_graph: bool

@@ -230,11 +230,15 @@ class Rows:
             self.heads = [{} for _ in range(len(roots))]
         loose: list[dict[int, Tensor]] | None = None
         untaken: dict[int, Reach | None] = {}
-        if layout is None and isinstance(roots, Sequence):
+        follows_graph = isinstance(roots, Sequence) and self.engine.follows_graph
+        if layout is None and follows_graph:
+            assert isinstance(roots, Sequence)
             layout = self._new_layout(parameters, reach_of(roots, parameters))
         elif layout is None:
-            # What is shared shows when the last one is made.
+            # What is shared shows when the last one is taken.
             loose = [{} for _ in range(len(roots))]
+            if isinstance(roots, Sequence):
+                untaken = {i: absent.get(i) for i in sit_out}
         if layout is not None and not accumulate:
             for i in sit_out:
                 layout.buffer[i].zero_()
@@ -273,7 +277,7 @@ class Rows:
                 for i, grads in zip(tasks, rows, strict=True):
                     check_dense(grads, parameters)
                     found = tuple(g is not None for g in grads)
-                    if isinstance(roots, Sequence) and (layout is None or found != layout.reach[i]):
+                    if follows_graph and (layout is None or found != layout.reach[i]):
                         grads = only_reached(starts[i][0], parameters, grads)
                         found = tuple(g is not None for g in grads)
                     if loose is None and layout is not None and found != layout.reach[i]:
@@ -580,6 +584,7 @@ class _Gradients(torch.autograd.Function):
 def largest_entries(heads: Sequence[dict[int, Tensor]], device: torch.device) -> Tensor:
     """The largest absolute entry of each task's gradients, `[T]`: not finite where one of them is
     not, zero where there are none."""
+    heads = [{k: g for k, g in head.items() if g.numel()} for head in heads]
     grads = [g for head in heads for g in head.values()]
     if not grads:
         return torch.zeros(len(heads), device=device)

@@ -46,6 +46,8 @@ class VMap:
         fallback: why the last losses did not go together, or None if they did.
     """
 
+    follows_graph = True
+
     def __init__(self, chunk_size: int | None = None, keeps_graph: bool = False) -> None:
         self.chunk_size = chunk_size
         self.keeps_graph = keeps_graph
