@@ -558,7 +558,10 @@ class Balancer:
     @property
     def n_shared(self) -> int | None:
         """P, the number of shared scalars; None before the first Jacobian."""
-        return self._n_shared if self.rows.width is None else self.rows.width
+        if self.rows.width is None:
+            return self._n_shared
+        columns = self.processes.shards(self.rows.shared)
+        return self.rows.width if columns is None else columns.width
 
     def _refreshes(self, missing: frozenset[int]) -> bool:
         """Whether this step computes weights, rather than use the last ones again."""
@@ -574,6 +577,9 @@ class Balancer:
         n_tasks = len(batch.names)
         waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting | batch.lacking
+        if not rows.engine.follows_graph and rows.width is None:
+            # What those reach whose turn it is not has to be seen once.
+            sit_out = call.absent | batch.lacking
         roots = self._roots(batch, scale, call.parameters)
         with self.processes.agreeing() as laid:
             rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
