@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import shlex
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperCommand
 
-from benchmarks.errors import BadInput, BenchmarkError
+from benchmarks import launch
+from benchmarks.errors import BadInput, BenchmarkError, EndedElsewhere, one_line
 from benchmarks.measurements import add_commands
 
 if TYPE_CHECKING:
+    from benchmarks.processes import Team
     from benchmarks.runner import Plan
 
 # PyTorch and matplotlib take seconds to import: commands import what they need when they run, so
@@ -111,22 +115,45 @@ def run(
     """
     again = _command(name, methods, seeds, epochs, out, data_root, quick, full)
     folder = out if out is not None else Path("results") / name
-    try:
+    # What is wrong with the command line is so in every process.
+    with _ending(again, lambda: launch.rank() == 0):
         plan = _plan(name, methods, seeds, epochs, quick, full)
-        failed = _execute_and_report(plan, folder, data_root)
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. Go on with: {again}", err=True)
-        raise typer.Exit(130) from None
-    except BenchmarkError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
-    if not full:
+
+        from benchmarks.processes import team
+
+        with team() as together, _ending(again, together.speaks):
+            failed = _execute_and_report(plan, folder, data_root, together)
+    if not full and launch.rank() == 0:
         typer.echo(
-            f"Full table, with all the data: python -m benchmarks run {name} --full "
-            f"--seeds {plan.benchmark.presets['full'].seeds}"
+            f"Full table, with all the data: {shlex.join(launch.launcher())} -m benchmarks run "
+            f"{name} --full --seeds {plan.benchmark.presets['full'].seeds}"
         )
     if failed:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _ending(again: str, speaks: Callable[[], bool]) -> Iterator[None]:
+    """Ends the command with one message where something is wrong, from one of the processes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if launch.size() > 1:
+            # torchrun passes on what the terminal has sent to all of them already.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if speaks():
+            typer.echo(f"Interrupted. Go on with: {again}", err=True)
+        raise typer.Exit(130) from None
+    except BenchmarkError as error:
+        if not isinstance(error, EndedElsewhere) and speaks():
+            typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+    except Exception as error:
+        if launch.size() == 1 or isinstance(error, typer.Exit):
+            raise
+        if speaks():
+            typer.echo(f"Error: rank {launch.rank()} failed with {one_line(error)}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _command(
@@ -140,7 +167,7 @@ def _command(
     full: bool,
 ) -> str:
     """The command line that says the same again, quoted for the shell."""
-    words = ["python", "-m", "benchmarks", "run", name]
+    words = [*launch.launcher(), "-m", "benchmarks", "run", name]
     if methods:
         words += ["--methods", *methods]
     options = {"--seeds": seeds, "--epochs": epochs, "--out": out, "--data-root": data_root}
@@ -188,8 +215,11 @@ def _check_known(option: str, found: str, known: list[str]) -> None:
         raise BadInput(f"`{option}` must name what `list` shows, found {found!r}; {hint}")
 
 
-def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> int:
-    """Fill the table, print it and write it to files; returns the number of failed runs."""
+def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: Team) -> int:
+    """Fill the table, print it and write it to files; returns the number of failed runs.
+
+    Processes that do not lead have nothing to report, and return 0.
+    """
     from rich.console import Console
 
     from benchmarks.plot import write_plot
@@ -197,10 +227,13 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None) -> int
     from benchmarks.results import ResultsFile
     from benchmarks.runner import execute
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not team.leads)
+    if not team.leads:
+        execute(plan, None, data_root, console, team)
+        return 0
     results = ResultsFile(folder)
     try:
-        execute(plan, results, data_root, console)
+        execute(plan, results, data_root, console, team)
     except KeyboardInterrupt:
         done = [r for r in plan.select(results.read()[0]).values() if r.error is None]
         typer.echo(f"{len(done)} of {len(plan.runs)} runs are kept in {results.path}", err=True)

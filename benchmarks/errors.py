@@ -18,3 +18,12 @@ class MissingExtra(BenchmarkError):
 
     def __init__(self, package: str, what: str, extra: str = "bench") -> None:
         super().__init__(f'{what} needs {package}: pip install "gradbal[{extra}]"')
+
+
+class EndedElsewhere(BenchmarkError):
+    """Another process has ended the run, and says why."""
+
+
+def one_line(exception: BaseException) -> str:
+    """The kind of the exception and its message."""
+    return f"{type(exception).__name__}: {' '.join(str(exception).split())}"

@@ -35,6 +35,8 @@ class Record:
             None where it could not be measured.
         train_seconds: wall time of the training.
         settings, versions: in full, for the reader; `fingerprint` stands for them.
+        processes: how many trained together. Batches are the same whatever their number, and so
+            are the metrics up to rounding; the step's time is not.
     """
 
     benchmark: str
@@ -50,6 +52,7 @@ class Record:
     train_seconds: float
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    processes: int = 1
 
 
 class ResultsFile:

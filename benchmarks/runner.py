@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.benchmark import Benchmark, Preset, Settings, Splits
+from benchmarks.errors import one_line
+from benchmarks.processes import ALONE, Team
 from benchmarks.results import Record, ResultsFile, best_by_run, fingerprint, versions
 from benchmarks.timing import step_time_ratios
 from benchmarks.training import Learner, evaluate, steps_per_run, train
@@ -57,12 +59,65 @@ class Plan:
         return {run: best[run] for run in self.runs if run in best}
 
 
-def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: Console) -> None:
+def execute(
+    plan: Plan,
+    results: ResultsFile | None,
+    data_root: Path | None,
+    console: Console,
+    team: Team = ALONE,
+) -> None:
     """Make the plan's runs that are not in the results file, or failed, and append them to it.
 
     A run that raises or diverges is recorded with its error and does not stop the others.
     `KeyboardInterrupt` passes through; what was finished by then is in the file.
+
+    Args:
+        plan: the table to be filled.
+        results: the file, in the process that leads.
+        data_root: the folder for downloads.
+        console: where progress is shown.
+        team: the processes that make every run together.
+
+    Raises:
+        BenchmarkError: there are no data, or one of the processes failed on its own.
     """
+    pending, ratios = team.lead(lambda: _missing(plan, results, console, team))
+    pending = [(method, seed) for method, seed in pending]
+    if not pending:
+        return
+
+    splits = team.after_lead(lambda: plan.benchmark.load(plan.settings, data_root))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        ratios.update(_step_times(plan, ratios, pending, splits, progress, team))
+        # A step counts as much as it lasts, so that the time left is right for slow methods too.
+        costs = [_steps(plan, method) * ratios.get(method, 1.0) for method, _ in pending]
+        bar = progress.add_task("training", total=sum(costs))
+        for number, (method, seed) in enumerate(pending, start=1):
+            label = f"run {number} of {len(pending)}: {method}, seed {seed}"
+            progress.update(bar, description=label)
+            after_step = partial(progress.advance, bar, ratios.get(method, 1.0))
+            record = _run(plan, method, seed, splits, ratios.get(method), after_step, team)
+            if results is not None:
+                results.append(record)
+            # A failed run has made fewer steps than were planned.
+            progress.update(bar, completed=sum(costs[:number]))
+            if not console.is_terminal or record.error is not None:
+                outcome = record.error or f"{record.train_seconds:.1f} s"
+                console.print(f"{label}: {outcome}", soft_wrap=True, markup=False)
+
+
+def _missing(
+    plan: Plan, results: ResultsFile | None, console: Console, team: Team
+) -> tuple[list[tuple[str, int]], dict[str, float]]:
+    """The runs that are to be made, and the step-time ratios on record."""
+    assert results is not None
     records, unreadable = results.read()
     if unreadable:
         console.print(f"{unreadable} unreadable lines in {results.path} are left out", markup=False)
@@ -75,33 +130,12 @@ def execute(plan: Plan, results: ResultsFile, data_root: Path | None, console: C
         beside = f"; {others} runs with other settings or versions left aside" if others else ""
         found_here = f"{found} of {total} runs found in {results.path}{beside}"
         console.print(found_here, soft_wrap=True, markup=False)
-    if not pending:
-        return
-
-    splits = plan.benchmark.load(plan.settings, data_root)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        ratios = _step_times(plan, known, pending, splits, progress)
-        # A step counts as much as it lasts, so that the time left is right for slow methods too.
-        costs = [_steps(plan, method) * ratios.get(method, 1.0) for method, _ in pending]
-        bar = progress.add_task("training", total=sum(costs))
-        for number, (method, seed) in enumerate(pending, start=1):
-            label = f"run {number} of {len(pending)}: {method}, seed {seed}"
-            progress.update(bar, description=label)
-            after_step = partial(progress.advance, bar, ratios.get(method, 1.0))
-            record = _run(plan, method, seed, splits, ratios.get(method), after_step)
-            results.append(record)
-            # A failed run has made fewer steps than were planned.
-            progress.update(bar, completed=sum(costs[:number]))
-            if not console.is_terminal or record.error is not None:
-                outcome = record.error or f"{record.train_seconds:.1f} s"
-                console.print(f"{label}: {outcome}", soft_wrap=True, markup=False)
+    ratios = {
+        record.method: record.step_time
+        for record in known.values()
+        if record.step_time is not None and record.processes == team.size
+    }
+    return pending, ratios
 
 
 def _steps(plan: Plan, method: str) -> int:
@@ -112,16 +146,15 @@ def _steps(plan: Plan, method: str) -> int:
 
 def _step_times(
     plan: Plan,
-    known: Mapping[tuple[str, int], Record],
+    known: Mapping[str, float],
     pending: Sequence[tuple[str, int]],
     splits: Splits,
     progress: Progress,
+    team: Team,
 ) -> dict[str, float]:
-    """Step-time ratios by method: those on record, and the missing ones measured now."""
-    ratios = {
-        record.method: record.step_time for record in known.values() if record.step_time is not None
-    }
-    methods = {method for method, _ in pending} - {SINGLE_TASK} - ratios.keys()
+    """Step-time ratios, measured now, of the methods that none is known of."""
+    measured: dict[str, float] = {}
+    methods = {method for method, _ in pending} - {SINGLE_TASK} - known.keys()
     if methods:
         bar = progress.add_task("measuring step times", total=plan.preset.timing_rounds)
         measured = step_time_ratios(
@@ -131,10 +164,10 @@ def _step_times(
             sorted(methods),
             plan.preset.timing_rounds,
             lambda: progress.advance(bar),
+            team,
         )
         progress.remove_task(bar)
-        ratios.update(measured)
-    return ratios
+    return measured
 
 
 def _run(
@@ -144,6 +177,7 @@ def _run(
     splits: Splits,
     step_time: float | None,
     after_step: Callable[[], None],
+    team: Team,
 ) -> Record:
     """Train and evaluate one method with one seed; an exception ends up in the record."""
     benchmark = plan.benchmark
@@ -157,7 +191,8 @@ def _run(
     seconds = 0.0
     try:
         for tasks in groups:
-            learner = Learner(benchmark, plan.settings, tasks, None if single else method, seed)
+            name = None if single else method
+            learner = Learner(benchmark, plan.settings, tasks, name, seed, team)
             description = learner.description
             start = time.perf_counter()
             train(learner, splits, plan.settings, seed, after_step)
@@ -165,8 +200,9 @@ def _run(
             test.update(evaluate(learner, splits.test))
             validation.update(evaluate(learner, splits.validation))
     except Exception as exception:
-        error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
+        error = one_line(exception)
         test, validation = {}, {}
+    error = team.settle(error)
     return Record(
         benchmark=benchmark.name,
         method=method,
@@ -181,4 +217,5 @@ def _run(
         train_seconds=round(seconds, 3),
         settings=asdict(plan.settings),
         versions=versions(),
+        processes=team.size,
     )

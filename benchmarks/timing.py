@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.benchmark import Benchmark, Settings, Split
+from benchmarks.errors import one_line
+from benchmarks.processes import ALONE, Team
 from benchmarks.training import Learner, batches
 
 __all__ = ["step_time_ratios"]
@@ -21,6 +23,7 @@ def step_time_ratios(
     methods: Sequence[str],
     rounds: int,
     after_round: Callable[[], None],
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Duration of a step (forward, backward, update) with each method over that with the sum.
 
@@ -35,19 +38,23 @@ def step_time_ratios(
         methods: names of gradbal's registry.
         rounds: measured rounds, at least 1; some unmeasured ones come first.
         after_round: called after each measured round.
+        team: the processes that make the steps together; messages between them are part of a step.
     """
     batch = next(batches(train_split, settings, seed=0))
     learners: dict[str | None, Learner] = {}
     for method in (None, *methods):
+        error: str | None = None
         try:
-            learners[method] = Learner(benchmark, settings, benchmark.tasks, method, seed=0)
+            learner = Learner(benchmark, settings, benchmark.tasks, method, 0, team)
             for _ in range(_WARM_UP_ROUNDS):
-                learners[method].step(batch, batch)
-        except Exception:
-            # The training run meets the same error and records it.
-            learners.pop(method, None)
+                learner.step(batch, batch)
+        except Exception as exception:
             if method is None:
                 raise
+            error = one_line(exception)
+        # The training run meets the same error and records it.
+        if team.settle(error) is None:
+            learners[method] = learner
     ratios: dict[str, list[float]] = {method: [] for method in learners if method is not None}
     names = list(learners)
     for number in range(rounds):

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from benchmarks.benchmark import Benchmark, Settings, Split, Splits, Task
+from benchmarks.benchmark import Benchmark, Network, Settings, Split, Splits, Task
+from benchmarks.processes import ALONE, Team
 from gradbal import (
     BilevelAggregator,
     ClosureAggregator,
@@ -44,6 +45,7 @@ class Learner:
         method: a name of gradbal's registry, taken with its default hyperparameters; None for
             `sum(losses).backward()` without gradbal.
         seed: see above.
+        team: the processes that train it together.
     """
 
     def __init__(
@@ -53,10 +55,13 @@ class Learner:
         tasks: Sequence[Task],
         method: str | None,
         seed: int,
+        team: Team = ALONE,
     ) -> None:
         torch.manual_seed(seed)
         self.tasks = tasks
+        self.team = team
         self.model = benchmark.build([task.name for task in tasks])
+        self._trained = team.wrap(_Trained(self.model))
         adam = Adam(self.model.parameters(), lr=settings.lr)
         self.optimizer: Optimizer = adam if method is None else MultiTaskOptimizer(adam, method)
 
@@ -67,53 +72,76 @@ class Learner:
             return repr(self.optimizer.aggregator)
         return "sum(losses).backward()"
 
-    def step(self, batch: Split, held_out: Split) -> list[Tensor]:
-        """Make one training step and return the losses before it, 0-dim, one a task.
+    def step(self, batch: Split, held_out: Split) -> Tensor:
+        """Make one training step and return the losses before it `[T]`.
 
         Args:
-            batch: what is trained on; a method that samples several independent batches gets equal
-                parts of it.
+            batch: what is trained on, by all processes together; a method that samples several
+                independent batches gets equal parts of it.
             held_out: a validation batch, for the methods that look at one.
         """
         optimizer = self.optimizer
         if not isinstance(optimizer, MultiTaskOptimizer):
             optimizer.zero_grad()
-            losses = self._losses(batch)[1]
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            values = torch.stack(self._weighted_losses(batch))
+            values.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            return losses
+            return self.team.mean(values.detach())
         method = optimizer.aggregator
-        closures: list[Callable[[], list[Tensor]]] = [lambda: self._losses(batch)[1]]
-        if isinstance(method, BilevelAggregator):
-            closures.append(lambda: self._losses(held_out)[1])
-        if isinstance(method, ClosureAggregator) and not isinstance(
-            method, DoubleSamplingAggregator
-        ):
-            return optimizer.step(*closures)  # type: ignore[no-any-return]
-        n_parts = method.n_batches if isinstance(method, DoubleSamplingAggregator) else 1
-        parts = torch.arange(len(batch)).tensor_split(n_parts)
-        (features, losses), *others = [
-            self._losses(batch if n_parts == 1 else take(batch, part)) for part in parts
-        ]
-        optimizer.zero_grad()
-        optimizer.backward(
-            losses,
-            features=features if method.needs_features else None,
-            independent=[each for _, each in others],
-        )
-        optimizer.step()
-        return losses
+        if isinstance(method, DoubleSamplingAggregator):
+            parts = torch.arange(len(batch)).tensor_split(method.n_batches)
+            losses, *others = [self._weighted_losses(take(batch, part)) for part in parts]
+            optimizer.zero_grad()
+            optimizer.backward(losses, independent=others)
+            optimizer.step()
+        elif isinstance(method, ClosureAggregator):
+            closures: list[Callable[[], list[Tensor]]] = [lambda: self._weighted_losses(batch)]
+            if isinstance(method, BilevelAggregator):
+                closures.append(lambda: self._weighted_losses(held_out))
+            optimizer.step(*closures)
+        else:
+            features, losses, count = self._losses(batch)
+            optimizer.zero_grad()
+            optimizer.backward(
+                losses, features=features if method.needs_features else None, batch_size=count
+            )
+            optimizer.step()
+        assert optimizer.losses is not None
+        return optimizer.losses
 
     def end_epoch(self) -> None:
         """Tell the method, if it is one that counts epochs."""
         if isinstance(self.optimizer, MultiTaskOptimizer):
             self.optimizer.end_epoch()
 
-    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
-        features = self.model.features(batch.inputs)
-        outputs = self.model.outputs(features)
-        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
-        return features, losses
+    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor], int]:
+        """Features and losses of this process's part of a batch, and how many examples it has."""
+        index, count = self.team.part(len(batch))
+        part = batch if count == len(batch) else take(batch, index)
+        features, outputs = self._trained(part.inputs)
+        losses = [task.loss(outputs[task.name], part.targets[task.name]) for task in self.tasks]
+        return features, losses, count
+
+    def _weighted_losses(self, batch: Split) -> list[Tensor]:
+        """Losses whose mean over the processes is the whole batch's, however uneven the parts.
+
+        For what takes no `batch_size`: DDP, closures, and batches of several sizes in one step.
+        """
+        _, losses, count = self._losses(batch)
+        share = count * self.team.size / len(batch)
+        return losses if share == 1 else [loss * share for loss in losses]
+
+
+class _Trained(nn.Module):
+    """Features and outputs of a network in one forward pass, which DDP can wrap."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.network.features(inputs)
+        return features, self.network.outputs(features)
 
 
 def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
@@ -158,11 +186,11 @@ def train(
     learner.model.train()
     held_out = validation_batches(splits.validation, settings, seed)
     for number, batch in enumerate(batches(splits.train, settings, seed), start=1):
-        losses = learner.step(batch, next(held_out))
+        losses = learner.step(batch, next(held_out)).tolist()
         for task, loss in zip(learner.tasks, losses, strict=True):
-            if not math.isfinite(loss.item()):
+            if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"losses must be finite, found {loss.item()} for {task.name} in step {number}"
+                    f"losses must be finite, found {loss} for {task.name} in step {number}"
                 )
         if number % steps_per_epoch(settings) == 0:
             learner.end_epoch()
@@ -171,13 +199,17 @@ def train(
 
 @torch.no_grad()
 def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
-    """All measures of all the learner's tasks on a split, by task and measure."""
+    """All measures of all the learner's tasks on a split, by task and measure.
+
+    Every process judges its part of the split; torchmetrics adds the parts up.
+    """
     learner.model.eval()
     meters = {
         task.name: {measure.name: measure.meter() for measure in task.measures}
         for task in learner.tasks
     }
-    for index in torch.split(torch.arange(len(split)), _EVALUATION_BATCH):
+    mine = torch.arange(len(split)).tensor_split(learner.team.size)[learner.team.rank]
+    for index in torch.split(mine, _EVALUATION_BATCH):
         batch = take(split, index)
         outputs = learner.model(batch.inputs)
         for task, by_name in meters.items():
