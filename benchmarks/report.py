@@ -46,6 +46,7 @@ class Row:
         test: by (task, measure), as in the results file; None without a good run.
         delta_m, delta_p: against the mean of the single-task runs, in percent; None without these.
         step_time: median over the runs of the step's duration over the plain sum's.
+        processes: how many trained together, in any of the runs.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Row:
     delta_m: Stat | None
     delta_p: Stat | None
     step_time: float | None
+    processes: frozenset[int]
 
 
 def summarise(plan: Plan, records: Sequence[Record]) -> list[Row]:
@@ -78,11 +80,17 @@ def failures(plan: Plan, records: Sequence[Record]) -> list[str]:
 
 def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
     """The table for the terminal."""
+    caption = (
+        "Δm: mean change against single-task training, lower is better. "
+        "Step: time of a training step over one with sum(losses).backward()."
+    )
+    processes = sorted({count for row in rows for count in row.processes})
+    if processes not in ([], [1]):
+        caption += f" Here are runs of {' and '.join(map(str, processes))} processes."
     table = Table(
         title=f"{plan.benchmark.name}, test set, {plan.seeds} "
         + ("seed" if plan.seeds == 1 else "seeds: mean ± sample standard deviation"),
-        caption="Δm: mean change against single-task training, lower is better. "
-        "Step: time of a training step over one with sum(losses).backward().",
+        caption=caption,
     )
     table.add_column("method")
     for task, measure in _measures(plan):
@@ -146,6 +154,7 @@ def _row(plan: Plan, method: str, records: Sequence[Record], baseline: Sequence[
         delta_m=Stat.of([_delta_m(plan, test, baseline) for test in good] if baseline else []),
         delta_p=Stat.of([_delta_p(plan, test, baseline) for test in good] if baseline else []),
         step_time=statistics.median(times) if times else None,
+        processes=frozenset(record.processes for record in records),
     )
 
 

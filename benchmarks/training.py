@@ -89,6 +89,11 @@ class Learner:
             return self.team.mean(values.detach())
         method = optimizer.aggregator
         if isinstance(method, DoubleSamplingAggregator):
+            if len(batch) < method.n_batches:
+                raise ValueError(
+                    f"a batch must have an example for each of {method.n_batches} parts, found "
+                    f"{len(batch)}"
+                )
             parts = torch.arange(len(batch)).tensor_split(method.n_batches)
             losses, *others = [self._weighted_losses(take(batch, part)) for part in parts]
             optimizer.zero_grad()

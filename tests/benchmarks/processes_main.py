@@ -1,49 +1,70 @@
-"""`python -m benchmarks` with the tiny benchmark, short waiting times, and what goes wrong on demand.
+"""`python -m benchmarks` with the tiny benchmark, as a process started by `test_processes.py`.
 
-Started with several processes by `test_processes.py`; `TROUBLE` says what happens to rank 1.
+`TROUBLE` in the environment says what happens in the method `troubled`.
 """
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
 
 import gradbal
-from benchmarks import cli, processes
+from benchmarks import cli, processes, training
 from benchmarks.catalog import BENCHMARKS
+from gradbal.aggregators.mean import Mean
 from tests.benchmarks.conftest import TINY
 
-UNEVEN = replace(TINY.presets["quick"].settings, train_size=41, test_size=31)
-"""An odd number in the last batch, and one more than the processes have in common."""
-
-TROUBLE = os.environ.get("TROUBLE", "")
+UNEVEN = replace(TINY.presets["quick"].settings, train_size=43, test_size=31)
+"""Three examples in the last batch: parts of two and one, and of one and none for `sdmgrad`."""
 
 
-@gradbal.register("troubled")
-class Troubled(gradbal.Mean):
-    """What happens at the fourth step."""
+class Troubled(Mean):
+    """Something happens at the second step of the training, after four that are measured."""
 
     calls = 0
 
     def scalarize(self, losses):
         Troubled.calls += 1
-        if Troubled.calls == 4 and TROUBLE == "everywhere":
-            raise ZeroDivisionError("on purpose")
-        if Troubled.calls == 4 and os.environ.get("RANK") == "1":
-            if TROUBLE == "raises":
+        trouble, first = os.environ["TROUBLE"], os.environ["RANK"] == "0"
+        if Troubled.calls == 6:
+            if trouble == "everywhere" or (trouble == "elsewhere" and not first):
                 raise ZeroDivisionError("on purpose")
-            if TROUBLE in ("SIGKILL", "SIGSTOP"):
-                os.kill(os.getpid(), getattr(signal, TROUBLE))
+            if trouble.startswith("SIG") and not first:
+                os.kill(os.getpid(), getattr(signal, trouble))
+            if trouble == "interrupt":
+                raise KeyboardInterrupt
         return super().scalarize(losses)
 
 
-if __name__ == "__main__":
+def _trouble_outside(loss):
+    """A part of the batch that cannot be evaluated, where gradbal hears nothing of it."""
+
+    def failing(output, target):
+        if os.environ["RANK"] == "1":
+            raise ZeroDivisionError("on purpose")
+        return loss(output, target)
+
+    return failing
+
+
+def main(arguments, environment):
+    """Runs the command line in a process of its own, which has its own environment."""
+    os.environ.update(environment)
+    for stream, name in ((1, "OUT"), (2, "ERR")):
+        os.dup2(os.open(environment[name], os.O_WRONLY | os.O_CREAT), stream)
     torch.set_num_threads(1)
-    processes.TIMEOUT = timedelta(seconds=8 if TROUBLE == "SIGSTOP" else 120)
-    processes.GRACE = timedelta(seconds=2)
-    presets = {"quick": replace(TINY.presets["quick"], settings=UNEVEN)}
-    presets["full"] = presets["quick"]
-    BENCHMARKS["tiny"] = replace(TINY, presets=presets)
-    cli.app(prog_name="python -m benchmarks")
+    trouble = os.environ.get("TROUBLE", "")
+    processes.TIMEOUT = timedelta(seconds=4 if trouble == "SIGSTOP" else 240)
+    processes.GRACE = timedelta(seconds=1)
+    tasks = TINY.tasks
+    if trouble == "loss":
+        tasks = tuple(replace(task, loss=_trouble_outside(task.loss)) for task in tasks)
+    presets = {name: replace(preset, settings=UNEVEN) for name, preset in TINY.presets.items()}
+    BENCHMARKS["tiny"] = replace(TINY, tasks=tasks, presets=presets)
+    gradbal.register("troubled")(Troubled)
+    training._EVALUATION_BATCH = 7
+    sys.argv = ["benchmarks", *arguments]
+    cli.app(prog_name="benchmarks")
