@@ -111,7 +111,8 @@ def run(
 ) -> None:
     """Train all methods and the single-task baseline, and print the table.
 
-    Finished runs are kept: the same command goes on where it was interrupted.
+    Finished runs are kept: the same command goes on where it was interrupted. Under torchrun all
+    processes train each network together, and fill one table.
     """
     again = _command(name, methods, seeds, epochs, out, data_root, quick, full)
     folder = out if out is not None else Path("results") / name

@@ -9,7 +9,7 @@ __all__ = ["launcher", "rank", "size"]
 
 def rank() -> int:
     """The number of this process; 0 leads."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
 def size() -> int:

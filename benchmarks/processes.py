@@ -159,7 +159,7 @@ class _Launched(Team):
         if not silent and len(set(found.values())) == 1:
             return error
         failed = [f"rank {rank} failed with {text}" for rank, text in found.items() if text]
-        failed += [f"rank {rank} does not answer" for rank in silent]
+        failed += [f"rank {rank} waits or is gone" for rank in silent]
         raise BenchmarkError(
             f"all {self.size} processes must get through a run together, found that "
             f"{', '.join(failed)}; all of them end, and the same command goes on"

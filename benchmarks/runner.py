@@ -94,7 +94,9 @@ def execute(
         TextColumn("time left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, disable=console.quiet or not console.is_terminal
+    ) as progress:
         ratios.update(_step_times(plan, ratios, pending, splits, progress, team))
         # A step counts as much as it lasts, so that the time left is right for slow methods too.
         costs = [_steps(plan, method) * ratios.get(method, 1.0) for method, _ in pending]
