@@ -145,12 +145,15 @@ class _Launched(Team):
 
     def settle(self, error: str | None) -> str | None:
         post = self._next_post()
-        self._store.set(f"{post}/{self.rank}", json.dumps(error))
+        with contextlib.suppress(RuntimeError):  # The store went with the process that had it.
+            self._store.set(f"{post}/{self.rank}", json.dumps(error))
         # Where this process failed, the others may wait for its part of their step forever.
         deadline = time.monotonic() + (GRACE if error else TIMEOUT).total_seconds()
-        found: dict[int, str | None] = {}
+        found = {self.rank: error}
         silent: list[int] = []
         for rank in range(self.size):
+            if rank == self.rank:
+                continue
             text = self._wait(f"{post}/{rank}", deadline)
             if text is None:
                 silent.append(rank)

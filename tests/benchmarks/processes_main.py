@@ -1,6 +1,6 @@
 """`python -m benchmarks` with the tiny benchmark, as a process started by `test_processes.py`.
 
-`TROUBLE` in the environment says what happens in the method `troubled`.
+`TROUBLE` in the environment says what happens in the method `troubled`, on rank `WHERE`.
 """
 
 import os
@@ -28,11 +28,11 @@ class Troubled(Mean):
 
     def scalarize(self, losses):
         Troubled.calls += 1
-        trouble, first = os.environ["TROUBLE"], os.environ["RANK"] == "0"
+        trouble, here = os.environ["TROUBLE"], os.environ["RANK"] == os.environ.get("WHERE")
         if Troubled.calls == 6:
-            if trouble == "everywhere" or (trouble == "elsewhere" and not first):
+            if trouble == "everywhere" or (trouble == "there" and here):
                 raise ZeroDivisionError("on purpose")
-            if trouble.startswith("SIG") and not first:
+            if trouble.startswith("SIG") and here:
                 os.kill(os.getpid(), getattr(signal, trouble))
             if trouble == "interrupt":
                 raise KeyboardInterrupt
@@ -43,7 +43,7 @@ def _trouble_outside(loss):
     """A part of the batch that cannot be evaluated, where gradbal hears nothing of it."""
 
     def failing(output, target):
-        if os.environ["RANK"] == "1":
+        if os.environ["RANK"] == os.environ["WHERE"]:
             raise ZeroDivisionError("on purpose")
         return loss(output, target)
 
@@ -57,7 +57,7 @@ def main(arguments, environment):
         os.dup2(os.open(environment[name], os.O_WRONLY | os.O_CREAT), stream)
     torch.set_num_threads(1)
     trouble = os.environ.get("TROUBLE", "")
-    processes.TIMEOUT = timedelta(seconds=4 if trouble == "SIGSTOP" else 240)
+    processes.TIMEOUT = timedelta(seconds=6 if trouble == "SIGSTOP" else 240)
     processes.GRACE = timedelta(seconds=1)
     tasks = TINY.tasks
     if trouble == "loss":
