@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import launch
@@ -213,6 +212,9 @@ def team() -> Iterator[Team]:
     if launch.size() == 1:
         yield ALONE
         return
+    # Not every build of torch has it.
+    from torch.distributed.rendezvous import rendezvous
+
     try:
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -12,12 +12,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from benchmarks import cli, launch
+from benchmarks import cli, launch, processes
+from benchmarks.errors import BenchmarkError, EndedElsewhere
 from benchmarks.results import ResultsFile
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +227,72 @@ def test_what_is_wrong_before_the_training_is_said_once(server, tmp_path):
         assert said.startswith(message)
         assert said.count("\n") == 1
         assert run.said() == ["", ""]
+
+
+def _in_threads(action):
+    """What `action(team)` returns, or the error that it raises, for each of two that share a store."""
+    store = torch.distributed.HashStore()
+
+    def tried(rank):
+        try:
+            return action(processes._Launched(store, rank, 2))
+        except BenchmarkError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(tried, range(2)))
+
+
+def test_only_the_first_downloads():
+    seen = []
+
+    def load(team):
+        def action():
+            seen.append((team.rank, "starts"))
+            time.sleep(0.1)
+            seen.append((team.rank, "ends"))
+            return team.rank
+
+        return team.after_lead(action)
+
+    assert _in_threads(load) == [0, 1]
+    assert seen == [(rank, what) for rank in (0, 1) for what in ("starts", "ends")]
+
+
+def test_where_the_first_fails_the_others_end_quietly():
+    def load(team):
+        if team.rank == 0:
+            assert team.speaks()
+            raise BenchmarkError("no data")
+        return team.after_lead(lambda: pytest.fail("there is nothing to load"))
+
+    first, second = _in_threads(load)
+    assert str(first) == "no data"
+    assert isinstance(second, EndedElsewhere)
+
+
+def test_work_that_went_the_same_way_everywhere_is_settled(monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", timedelta(seconds=0.2))
+    assert _in_threads(lambda team: team.settle("x")) == ["x", "x"]
+    assert _in_threads(lambda team: [team.settle(None), team.settle("x")]) == [[None, "x"]] * 2
+    for error in _in_threads(lambda team: team.settle("xy"[team.rank])):
+        assert "rank 0 failed with x" in str(error)
+        assert "rank 1 failed with y" in str(error)
+    first, second = _in_threads(lambda team: team.settle("x") if team.rank == 0 else None)
+    assert "rank 1 waits or is gone" in str(first)
+    assert second is None
+
+
+def test_one_says_why_all_end():
+    assert sorted(_in_threads(lambda team: team.speaks())) == [False, True]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_parts_make_up_the_whole(count):
+    teams = [processes._Launched(None, rank, 3) for rank in range(3)]
+    parts = [team.part(count) for team in teams]
+    assert [i for index, n in parts for i in index[:n].tolist()] == list(range(count))
+    assert all(len(index) == max(n, 1) for index, n in parts)
 
 
 def test_the_words_that_start_as_many_again(monkeypatch):
