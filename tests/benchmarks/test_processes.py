@@ -230,7 +230,7 @@ def test_what_is_wrong_before_the_training_is_said_once(server, tmp_path):
 
 
 def _in_threads(action):
-    """What `action(team)` returns, or the error that it raises, for each of two that share a store."""
+    """What `action(team)` returns, or raises, for each of two that share a store."""
     store = torch.distributed.HashStore()
 
     def tried(rank):
