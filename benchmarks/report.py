@@ -86,7 +86,7 @@ def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
     )
     processes = sorted({count for row in rows for count in row.processes})
     if processes not in ([], [1]):
-        caption += f" Here are runs of {' and '.join(map(str, processes))} processes."
+        caption += f" These are runs of {' and '.join(map(str, processes))} processes."
     table = Table(
         title=f"{plan.benchmark.name}, test set, {plan.seeds} "
         + ("seed" if plan.seeds == 1 else "seeds: mean ± sample standard deviation"),
