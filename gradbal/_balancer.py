@@ -228,8 +228,11 @@ class Balancer:
         self.tasks = call.batch.names
         try:
             self._learn_reach(call)
-            with self.processes.completing(call.parameters, self._may_lack(call), call.accumulate):
-                return self._step(call)
+            with self.processes.completing(
+                call.parameters, self._may_lack(call), call.accumulate
+            ) as outcome:
+                outcome.append(self._step(call))
+            return outcome[0]
         except BaseException:
             self.give_up_pending()
             raise

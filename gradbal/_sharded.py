@@ -190,10 +190,10 @@ class Sharded(Together):
     @contextlib.contextmanager
     def completing(
         self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
+    ) -> Iterator[list[bool]]:
         for stand_in in self._stand_ins:
             stand_in.grad = None
-        yield
+        yield []
         arrived = [
             (p, stand_in.grad)
             for p, stand_in in zip(self._parameters, self._stand_ins, strict=True)

@@ -214,15 +214,16 @@ class Alone:
     @contextlib.contextmanager
     def completing(
         self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
-        """Within it gradients are delivered; afterwards `.grad` is the mean of all processes.
+    ) -> Iterator[list[bool]]:
+        """Within it gradients are delivered, and whether they are is put on the list; afterwards
+        `.grad` is the mean of all processes.
 
         Args:
             parameters: those to train.
             some: parameters may get nothing, since a task sits the step out.
             accumulate: nothing is delivered.
         """
-        yield
+        yield []
 
 
 class Host:
@@ -271,6 +272,8 @@ class Together(Alone):
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.host = Host(group)
+        # Of each task, at the last step.
+        self._shares: list[float] = []
 
     def draw_alike(self, aggregator: Aggregator) -> None:
         """Random numbers are those of the first process."""
@@ -350,6 +353,7 @@ class Together(Alone):
                 whole = totals[n * len(names) : (n + 1) * len(names)]
                 shares.append([x / t if t else 0.0 for x, t in zip(row, whole, strict=True)])
                 missing.append(frozenset(i for i, t in enumerate(whole) if not t))
+        self._shares = shares[0]
         return [
             self._shared(batch, share, gone)
             for batch, share, gone in zip(batches, shares, missing, strict=True)
@@ -383,9 +387,10 @@ class Together(Alone):
         return parts.to(values.dtype)
 
     def average_values(self, values: Tensor) -> Tensor:
-        # None of the processes may have a task: NaN is no number to add.
-        there = values.isnan().logical_not()
-        pair = torch.stack([torch.where(there, values, 0.0), there.to(values)]).double()
+        # Where a process has no loss of a task, NaN is no number to add.
+        weights = torch.tensor(self._shares[: len(values)], dtype=torch.float64)
+        weights = upload(weights, values.device).masked_fill(values.isnan(), 0.0)
+        pair = torch.stack([torch.where(weights > 0, values.double(), 0.0) * weights, weights])
         dist.all_reduce(pair, group=self.group)
         return (pair[0] / pair[1]).to(values.dtype)
 
@@ -525,18 +530,20 @@ class Replicas(Together):
     @contextlib.contextmanager
     def completing(
         self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
+    ) -> Iterator[list[bool]]:
+        outcome: list[bool] = []
         if accumulate:
-            yield
+            yield outcome
             return
         modules = [module for ref in self._wrapped if (module := ref()) is not None]
         reduced = {id(p) for module in modules for p in module.parameters()}
         with contextlib.ExitStack() as stack:
             if some or self.lacking:
                 for module in modules:
-                    stack.enter_context(self._all_arriving(module, parameters))
-            yield
-        self._average_grads([p for p in parameters if id(p) not in reduced])
+                    stack.enter_context(self._all_arriving(module, parameters, outcome))
+            yield outcome
+        if all(outcome):
+            self._average_grads([p for p in parameters if id(p) not in reduced])
 
     def _average_grads(self, parameters: Sequence[Tensor]) -> None:
         """The mean of every process's `.grad`, which all have of what any of them has."""
@@ -556,7 +563,9 @@ class Replicas(Together):
             torch._foreach_copy_(bucket, shaped)
 
     @contextlib.contextmanager
-    def _all_arriving(self, ddp: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def _all_arriving(
+        self, ddp: Any, parameters: Sequence[Tensor], outcome: list[bool]
+    ) -> Iterator[None]:
         """DDP waits for all its parameters: those that get nothing, as a task sits out, get zero,
         and are as they were before where no process has anything for them."""
         mine = {id(p) for p in parameters}
@@ -571,14 +580,15 @@ class Replicas(Together):
         finally:
             for hook in hooks:
                 hook.remove()
-        flags = torch.tensor([id(p) in arrived for p in expected], dtype=torch.uint8)
-        anywhere = self.host.largest(flags).tolist()
-        if not any(anywhere):
+        if not all(outcome):
             # The step is left out.
             return
+        flags = torch.tensor([id(p) in arrived for p in expected], dtype=torch.uint8)
         left = [p for p in expected if id(p) not in arrived and id(p) in mine]
         if left:
+            # Before anything else is sent: DDP sends as soon as a bucket is full.
             torch.autograd.backward(left, [torch.zeros_like(p) for p in left])
+        anywhere = self.host.largest(flags).tolist()
         for p, grad, there in zip(expected, before, anywhere, strict=True):
             if not there and id(p) in mine:
                 p.grad = grad

@@ -114,6 +114,13 @@ def reached_parameters(
                     seen.add(edge)
                     stack.extend(edges_onward(node, edge[1]))
                 continue
+            if node.name() == "_DDPSinkBackward":
+                # All that a DDP module returns goes through one node, and nothing mixes there.
+                seen.remove(node)
+                if edge not in seen:
+                    seen.add(edge)
+                    stack.append(node.next_functions[edge[1]])
+                continue
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True
