@@ -229,7 +229,7 @@ class Balancer:
         try:
             self._learn_reach(call)
             with self.processes.completing(
-                call.parameters, self._may_lack(call), call.accumulate
+                call.parameters, self._roots_of_some(call), call.accumulate
             ) as outcome:
                 outcome.append(self._step(call))
             return outcome[0]
@@ -249,12 +249,17 @@ class Balancer:
                 self._free_unused()
             return self._step_for(call)(call)
 
-    def _may_lack(self, call: BackwardCall) -> bool:
-        """Whether a task may turn out to sit the step out."""
-        if call.absent or self.nonfinite == "drop":
-            return True
+    def _roots_of_some(self, call: BackwardCall) -> Sequence[Root | Absent] | None:
+        """The roots, for several processes, where a task may turn out to sit the step out."""
+        if self.processes.size == 1:
+            return None
         aggregator = self.aggregator
-        return isinstance(aggregator, JacobianAggregator) and aggregator.takes_turns
+        in_turn = isinstance(aggregator, JacobianAggregator) and aggregator.takes_turns
+        all_there = not (call.absent or self.processes.lacking or self.nonfinite == "drop")
+        if all_there and not in_turn:
+            return None
+        batch = call.batch
+        return batch.roots(torch.ones_like(batch.values)) if isinstance(batch, Losses) else []
 
     def _learn_reach(self, call: BackwardCall) -> None:
         """Where a process lacks a task, it has to know what that reaches in the others."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from gradbal._losses import Losses
-from gradbal.distributed import Batch, ColumnShards, Spread, Together, is_sharded
+from gradbal.distributed import Batch, ColumnShards, Roots, Spread, Together, is_sharded
 from gradbal.jacobian import Root, RowsEngine, gramian, there, upload
 
 __all__ = ["Sharded"]
@@ -189,7 +189,7 @@ class Sharded(Together):
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
     ) -> Iterator[list[bool]]:
         for stand_in in self._stand_ins:
             stand_in.grad = None

@@ -30,7 +30,17 @@ from torch import Tensor
 
 from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses
-from gradbal.jacobian import Reach, RowsEngine, cross_gramian, gramian, upload, wants_exact
+from gradbal.jacobian import (
+    Absent,
+    Reach,
+    Root,
+    RowsEngine,
+    cross_gramian,
+    gramian,
+    upload,
+    used_by_ddp,
+    wants_exact,
+)
 
 if TYPE_CHECKING:
     from gradbal.aggregators.base import Aggregator
@@ -53,6 +63,7 @@ _reduce_scatter: Callable[..., Any] = getattr(
 )
 
 Batch = Losses | LazyLosses
+Roots = Sequence[Root | Absent]
 
 
 class DistributedError(RuntimeError):
@@ -213,14 +224,14 @@ class Alone:
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
     ) -> Iterator[list[bool]]:
         """Within it gradients are delivered, and whether they are is put on the list; afterwards
         `.grad` is the mean of all processes.
 
         Args:
             parameters: those to train.
-            some: parameters may get nothing, since a task sits the step out.
+            roots: the losses, where parameters may get nothing as a task sits the step out.
             accumulate: nothing is delivered.
         """
         yield []
@@ -529,7 +540,7 @@ class Replicas(Together):
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
     ) -> Iterator[list[bool]]:
         outcome: list[bool] = []
         if accumulate:
@@ -538,9 +549,13 @@ class Replicas(Together):
         modules = [module for ref in self._wrapped if (module := ref()) is not None]
         reduced = {id(p) for module in modules for p in module.parameters()}
         with contextlib.ExitStack() as stack:
-            if some or self.lacking:
+            if roots is not None:
                 for module in modules:
-                    stack.enter_context(self._all_arriving(module, parameters, outcome))
+                    expected = [p for p in module.parameters() if p.requires_grad]
+                    if module.find_unused_parameters:
+                        used = used_by_ddp(roots, expected)
+                        expected = [p for p, yes in zip(expected, used, strict=True) if yes]
+                    stack.enter_context(self._all_arriving(expected, parameters, outcome))
             yield outcome
         if all(outcome):
             self._average_grads([p for p in parameters if id(p) not in reduced])
@@ -564,16 +579,16 @@ class Replicas(Together):
 
     @contextlib.contextmanager
     def _all_arriving(
-        self, ddp: Any, parameters: Sequence[Tensor], outcome: list[bool]
+        self, expected: Sequence[Tensor], parameters: Sequence[Tensor], outcome: list[bool]
     ) -> Iterator[None]:
-        """DDP waits for all its parameters: those that get nothing, as a task sits out, get zero,
+        """DDP waits for all these parameters: those that get nothing, as a task sits out, get zero,
         and are as they were before where no process has anything for them."""
         mine = {id(p) for p in parameters}
-        expected = [p for p in ddp.parameters() if p.requires_grad]
         before = [p.grad for p in expected]
         arrived: set[int] = set()
         hooks = [
-            p.register_post_accumulate_grad_hook(lambda p: arrived.add(id(p))) for p in expected
+            p.register_post_accumulate_grad_hook(lambda p: arrived.add(id(p)))  # type: ignore[no-untyped-call]
+            for p in expected
         ]
         try:
             yield
@@ -583,14 +598,16 @@ class Replicas(Together):
         if not all(outcome):
             # The step is left out.
             return
-        flags = torch.tensor([id(p) in arrived for p in expected], dtype=torch.uint8)
         left = [p for p in expected if id(p) not in arrived and id(p) in mine]
         if left:
             # Before anything else is sent: DDP sends as soon as a bucket is full.
             torch.autograd.backward(left, [torch.zeros_like(p) for p in left])
-        anywhere = self.host.largest(flags).tolist()
-        for p, grad, there in zip(expected, before, anywhere, strict=True):
-            if not there and id(p) in mine:
+        places = {id(p): k for k, p in enumerate(parameters)}
+        anywhere = torch.zeros(len(parameters), dtype=torch.uint8)
+        anywhere[[places[i] for i in arrived if i in places]] = 1
+        anywhere = self.host.largest(anywhere)
+        for p, grad in zip(expected, before, strict=True):
+            if id(p) in places and not anywhere[places[id(p)]]:
                 p.grad = grad
 
 
@@ -650,6 +667,11 @@ def find_processes(
     group = process_group if process_group is not None else wrapped[0].process_group
     if dist.get_world_size(group) == 1:
         return Alone()
+    if any(ddp.static_graph for ddp in wrapped):
+        raise ValueError(
+            "DistributedDataParallel must have static_graph=False, found True, under which the first "
+            "backward pass has to be the only one; use find_unused_parameters=True"
+        )
     processes = Replicas(group, wrapped)
     processes.check_same(parameters)
     processes.draw_alike(aggregator)

@@ -25,6 +25,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
     there,
+    used_by_ddp,
 )
 from gradbal.jacobian.instance import FoundInstances, Instance
 from gradbal.jacobian.layerwise import Layerwise
@@ -83,5 +84,6 @@ __all__ = [
     "shared_indices",
     "there",
     "upload",
+    "used_by_ddp",
     "wants_exact",
 ]
