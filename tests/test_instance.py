@@ -458,7 +458,7 @@ def test_kernels_are_unfolded_or_not(
     name: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(per_instance, "_LARGE_KERNEL", large)
-    monkeypatch.setattr(per_instance, "_SMALL_IMAGE", 0)
+    monkeypatch.setattr(per_instance, "_FEW_CHANNELS", 0)
     model = make(name)
     batch = model.batch()
     opt = optimizer(model)

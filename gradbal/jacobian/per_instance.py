@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm, Shift
 from gradbal.jacobian.owners import Owners
-from gradbal.jacobian.products import BLOCK, gramian
+from gradbal.jacobian.products import BLOCK, SMALL, gramian
 
 __all__ = [
     "Gathered",
@@ -37,8 +37,11 @@ _LARGE_KERNEL = 40_000
 """Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as
 many groups as there are images are then slow."""
 
-_SMALL_IMAGE = 24_000
-"""Entries of an image's unfolded inputs up to which they are quicker."""
+_FEW_CHANNELS = 4
+"""Channels up to which unfolded inputs are quicker: such groups leave vector units half empty."""
+
+_SOME = 16
+"""Rows from which on forming half of a Gramian pays."""
 
 _MANY = 64
 """Rows from which on all blocks of columns together are slower than one after the other."""
@@ -102,6 +105,16 @@ class Outer:
         step = max(1, _PIECE // (len(a) * a.shape[2]))
         for piece in torch.split(d, step, 2):
             yield torch.bmm(piece.mT, a).flatten(1)
+
+    def formed(self) -> Gathered:
+        """The gradients of the weight."""
+        a, d, turned = self.inputs, self.gradients, self.transposed
+        # The wider of the two first is quicker.
+        if a.shape[2] > d.shape[2]:
+            found, turned = torch.bmm(a.mT, d), not turned
+        else:
+            found = torch.bmm(d.mT, a)
+        return Gathered((found.mT if turned else found).reshape(-1, *self.shape))
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b` of the weight, in its shape; `weights [B]`."""
@@ -178,11 +191,12 @@ def masked(part: Part, taken: Tensor) -> Part:
 
 
 def _gramian(rows: Tensor) -> Tensor:
-    """`JJᵀ [B, B]`, float64. Of many rows only half of it is formed, and one block of columns after
-    the other."""
-    n = len(rows)
+    """`JJᵀ [B, B]`, float64. Of many rows only half of it is formed; of very many one block of
+    columns after the other."""
+    n, width = rows.shape
     if (
-        n < _MANY
+        n < _SOME
+        or rows.numel() <= SMALL
         or rows.dtype != torch.float32
         or rows.device.type != "cpu"
         or torch.get_float32_matmul_precision() != "highest"
@@ -190,9 +204,20 @@ def _gramian(rows: Tensor) -> Tensor:
         return gramian(rows)
     half = n // 2
     found = torch.zeros(n, n, dtype=torch.float64)
-    for block in torch.split(rows, 2 * BLOCK, 1):
-        found[:half] += block[:half] @ block.mT
-        found[half:, half:] += block[half:] @ block[half:].mT
+    if n >= _MANY:
+        for block in torch.split(rows, 2 * BLOCK, 1):
+            found[:half] += block[:half] @ block.mT
+            found[half:, half:] += block[half:] @ block[half:].mT
+    else:
+        whole = width // BLOCK * BLOCK
+        for some in torch.split(rows[:, :whole], max(1, _PIECE // (n * BLOCK)) * BLOCK, 1):
+            blocks = some.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            upper, lower = blocks[:, :half], blocks[:, half:]
+            found[:half] += torch.bmm(upper, blocks.mT).sum(0, dtype=torch.float64)
+            found[half:, half:] += torch.bmm(lower, lower.mT).sum(0, dtype=torch.float64)
+        rest = rows[:, whole:]
+        found[:half] += rest[:half] @ rest.mT
+        found[half:, half:] += rest[half:] @ rest[half:].mT
     found[half:, :half] = found[:half, half:].mT
     return found
 
@@ -254,7 +279,12 @@ def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
     rows = tensor.movedim(dims, tuple(range(-len(dims), 0)))
     # The rows' own dimension is before those, so it is still where it was.
     apart = owners.apart(rows)
-    return Gathered(apart.reshape(owners.n, -1, math.prod(kept)).sum(1).view(owners.n, *kept))
+    return Gathered(_added(apart.reshape(owners.n, -1, math.prod(kept))).reshape(owners.n, *kept))
+
+
+def _added(rows: Tensor) -> Tensor:
+    """The sum of each instance's rows `[B, S, …]`."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
 
 
 def _linear(
@@ -278,17 +308,18 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
     if layer.bias is not None:
         found[layer.bias] = _sums(d, owners, (1,))
     x, kernel = wide(layer.inputs), layer.kernel
-    positions, size = d.shape[2:].numel(), kernel.shape[2:].numel()
-    unfolds = size == 1 or kernel.numel() > _LARGE_KERNEL
-    unfolds = unfolds or positions * size * kernel.shape[1] <= _SMALL_IMAGE
+    unfolds = kernel.shape[2:].numel() == 1 or kernel.numel() > _LARGE_KERNEL
+    unfolds = unfolds or kernel.shape[1] <= _FEW_CHANNELS
     if unfolds and layer.groups == 1 and not layer.is_transposed:
         columns = _unfolded(layer, x)
         n = owners.n
         a = owners.apart(columns).movedim(-1, -2).reshape(n, -1, columns.shape[1])
         apart = owners.apart(d.flatten(2)).movedim(-1, -2).reshape(n, -1, d.shape[1])
-        found[layer.weight] = Outer(a, apart, False, kernel.shape)
+        part = Outer(a, apart, False, kernel.shape)
+        # Where these are few they are less than the unfolded inputs.
+        found[layer.weight] = part if n * kernel.numel() > _PIECE else part.formed()
     else:
-        found[layer.weight] = Gathered(owners.apart(_kernels(layer, x, d)).sum(1))
+        found[layer.weight] = Gathered(_added(owners.apart(_kernels(layer, x, d))))
     return found
 
 
@@ -309,8 +340,9 @@ def _unfolded(layer: Convolution, x: Tensor) -> Tensor:
 def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
     """The gradient of the kernel from each image alone, `[N, *kernel]`: one convolution whose
     groups are the images."""
-    n, kernel = len(x), layer.kernel.to(x.dtype)
-    grouped = kernel.expand(n, *kernel.shape).flatten(0, 1)
+    n, kernel = len(x), layer.kernel
+    # Its shape is all that counts for its gradient.
+    grouped = x.new_empty(n * kernel.shape[0], *kernel.shape[1:])
     found: Tensor = torch.ops.aten.convolution_backward(
         d.reshape(1, -1, *d.shape[2:]),
         x.reshape(1, -1, *x.shape[2:]),
