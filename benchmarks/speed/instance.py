@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.errors import MissingExtra
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import Instance
+from gradbal.jacobian import Instance, deliver
 
 __all__ = ["COLUMNS", "MODELS", "Row", "measure"]
 
 COLUMNS = {
-    "engine": "the Gramian, and the pass of the weighted losses",
+    "engine": "the Gramian, and the gradients of the weighted losses",
     "backward": "all of MultiTaskOptimizer.backward, the method's weights too",
     "torchjd": "TorchJD's autogram.Engine(batch_dim=0), and the pass of the weighted losses",
 }
@@ -155,8 +155,16 @@ def _measure(name: str, size: int, rounds: int, method: str) -> Row:
         losses.sum().backward()  # type: ignore[no-untyped-call]
 
     def gramian(losses: Tensor) -> Tensor:
-        found = engine.take(losses, ones, parameters, None, frozenset())
-        losses.backward(ones)  # type: ignore[no-untyped-call]
+        found = engine.take(losses, ones, parameters, None, frozenset(), retain_graph=False)
+        if found.direct:
+            pairs = engine.combined(found, ones, ones, frozenset())
+            targets, gradients = [p for p, _ in pairs], [g for _, g in pairs]
+            del pairs
+            deliver(targets, gradients, (), (), ())
+        else:
+            losses.backward(ones)  # type: ignore[no-untyped-call]
+            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+            engine.check(found, ones, ones, pairs, compare=True)
         return found.gramian
 
     def torchjd(losses: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from gradbal.jacobian.products import (
     upload,
     wants_exact,
 )
-from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.rows import Rows, deliver
 from gradbal.jacobian.sketch import Sketch, Sketched
 from gradbal.jacobian.sums import WeightedSum
 from gradbal.jacobian.vmap import VMap
@@ -74,6 +74,7 @@ __all__ = [
     "check_dense",
     "combine",
     "cross_gramian",
+    "deliver",
     "gradients",
     "gradients_of",
     "gramian",

@@ -3,25 +3,42 @@
 Where instances do not mix, one pass finds the gradient of every instance's loss at the output of
 every layer. Which rows are whose is found by experiment: at the first step, wherever the graph has
 changed or sends rows about by the data, and now and then.
+
+A second pass, of the weighted losses, arrives at the result and tells whether rows are still whose
+they were. It is left out where the operations of the graph alone show that they must be, whatever
+the data, and where a few steps of such a graph have had both: then the result is put together from
+what the layers hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
 from gradbal.jacobian.graph import check_dense, shared_indices
+from gradbal.jacobian.held import Held
 from gradbal.jacobian.layers import Layer, find_layers, owned
-from gradbal.jacobian.owners import Codes, Owners, Reading, merged
-from gradbal.jacobian.per_instance import Outer, Part, in_float64, is_half, leading, masked, parts
-from gradbal.jacobian.products import gramian, no_autocast
+from gradbal.jacobian.owners import UNKNOWN, Codes, Owners, Reading, arrange, merged
+from gradbal.jacobian.per_instance import (
+    Gathered,
+    Outer,
+    Part,
+    in_float64,
+    is_half,
+    leading,
+    masked,
+    parts,
+)
+from gradbal.jacobian.products import SMALL, gramian, no_autocast
+from gradbal.jacobian.separation import separated
 from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
 from gradbal.jacobian.walk import Walk, walk
 
@@ -32,6 +49,41 @@ _SAFE_SQUARES = (1e-25, 1e35)
 _REMEMBERED = 64
 """Structures of graphs that are remembered."""
 
+_AGREED = 2
+"""Steps at which what is held has agreed with a second pass, before it does alone."""
+
+_AUDIT = 16
+"""After so many steps of one pass one has two again."""
+
+
+@dataclass
+class _Known:
+    """What was found out about graphs of one structure.
+
+    owners: of the rows, by the node's place in the walk. silent: the places of nodes that no
+    gradient came to. n_steps: how often it was met. certain: whether the owners follow from the
+    operations alone. n_agreed: steps at which what is held was compared with a second pass, since
+    the last look. n_direct: steps without one. refused: whether the two have ever differed.
+    """
+
+    owners: dict[int, Owners] = field(default_factory=dict)
+    silent: frozenset[int] = frozenset()
+    n_steps: int = 0
+    certain: bool = False
+    n_agreed: int = 0
+    n_direct: int = 0
+    refused: bool = False
+
+    def agrees(self) -> bool:
+        """Whether a step may do without a second pass; it is then counted."""
+        if self.n_agreed < _AGREED:
+            return False
+        self.n_direct += 1
+        if self.n_direct % _AUDIT == 0:
+            self.n_agreed = _AGREED - 1
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class FoundInstances:
@@ -41,7 +93,9 @@ class FoundInstances:
     extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
     parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at;
     None where there is no such row. tolerance: how far rounding may take `|d|²` from `wᵀGw`.
-    exact: whether products were in float64.
+    exact: whether products were in float64. held: what the result can be put together from, or
+    None. direct: whether it is to be; the graph is then kept only if that was asked for. known: of
+    the graph.
     """
 
     gramian: Tensor
@@ -50,6 +104,9 @@ class FoundInstances:
     doubt: Tensor | None
     tolerance: float
     exact: bool
+    held: Held | None = None
+    direct: bool = False
+    known: _Known | None = None
 
     def leaves_range(self, host: Tensor) -> bool:
         """Whether squares were too small or too large for float32; `host` is the Gramian there."""
@@ -57,19 +114,6 @@ class FoundInstances:
         safe = (squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])
         zero = squares == 0
         return not (self.exact or bool((safe | zero).all() and safe.any()))
-
-
-@dataclass
-class _Known:
-    """What was found out about graphs of one structure.
-
-    owners: of the rows, by the node's place in the walk. silent: the places of nodes that no
-    gradient came to. n_steps: how often it was met.
-    """
-
-    owners: dict[int, Owners] = field(default_factory=dict)
-    silent: frozenset[int] = frozenset()
-    n_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +133,12 @@ class _Step:
     strays: list[int]
     place: dict[Node, int]
 
-    def visit(self, visitors: Mapping[Node, Callable[[Tensor], None]], factors: Tensor) -> None:
+    def visit(
+        self,
+        visitors: Mapping[Node, Callable[[Tensor], None]],
+        factors: Tensor,
+        retain_graph: bool = True,
+    ) -> None:
         """One backward pass that hands the gradient at each node's output to its visitor.
 
         It goes no further than it must, and a gradient is gone when its visitor returns, but for
@@ -116,7 +165,7 @@ class _Step:
             return
         try:
             found = torch.autograd.grad(
-                self.losses, edges, factors, retain_graph=True, allow_unused=True
+                self.losses, edges, factors, retain_graph=retain_graph, allow_unused=True
             )
         finally:
             for handle in handles:
@@ -149,8 +198,11 @@ class Instance:
         *,
         look: bool = False,
         exact: bool = False,
+        retain_graph: bool = True,
     ) -> FoundInstances:
-        """The Gramian of the gradients of `factors · losses`; the graph is kept.
+        """The Gramian of the gradients of `factors · losses`.
+
+        The graph is kept where another pass has to follow, which the result tells.
 
         Args:
             losses: `[B]`, one for each instance.
@@ -160,6 +212,7 @@ class Instance:
             sit_out: instances whose row and column are left zero.
             look: find out anew which rows are whose.
             exact: multiply in float64, where squares would leave the range of float32.
+            retain_graph: keep the graph even where no other pass has to follow.
 
         Raises:
             ValueError: no parameter is reached, a sparse gradient, or instances that mix.
@@ -171,50 +224,117 @@ class Instance:
         with torch.no_grad(), no_autocast(losses.device):
             total = _Sum(len(losses), device, frozenset(chosen), exact)
             doubts: list[Tensor] | None = []
+            known, held, direct = None, None, False
             if len(losses) == 1:
                 _take_one(step, total)
             else:
-                known = self._known_of(step, look)
-                doubts = _collect(step, known, total.add)
+                known, is_new = self._known_of(step, look)
+                if known.certain and not step.strays:
+                    held = Held(parameters)
+                    direct = not (is_new or exact or self._moved is not None) and known.agrees()
+                doubts = _collect(step, known, total.add, held, retain_graph or not direct)
                 if doubts is None:
                     total = _Sum(len(losses), device, frozenset(chosen), exact)
                     _look(step, known)
-                    doubts = _collect(step, known, total.add)
-        g, extremes = total.shared, total.others.diagonal()
-        if sit_out:
-            taken = _mask(len(losses), sit_out, device)
-            g = torch.where(taken & taken[:, None], g, 0.0)
-            extremes = torch.where(taken, extremes, 0.0)
+                    held = Held(parameters) if known.certain else None
+                    doubts = _collect(step, known, total.add, held)
+        shared = [parameters[k] for k in chosen]
+        taken = _mask(len(losses), sit_out, device) if sit_out else None
+        g, extremes = total.close(taken)
         if self._moved is not None:
             doubts = [*(doubts or []), self._moved]
             self._moved = None
         doubt = torch.stack([d.to(device) for d in doubts]).any() if doubts else None
-        shared = [parameters[k] for k in chosen]
         tolerance = _tolerance(losses, shared, total.narrow)
         exact = exact or losses.dtype == torch.float64
-        return FoundInstances(g, shared, extremes, doubt, tolerance, exact)
+        return FoundInstances(g, shared, extremes, doubt, tolerance, exact, held, direct, known)
 
-    def check(self, found: FoundInstances, weights: Tensor, gradients: Sequence[Tensor]) -> None:
+    def exactly(self, found: FoundInstances, sit_out: frozenset[int]) -> FoundInstances:
+        """The same with products in float64, of a step that needs no other pass."""
+        assert found.held is not None
+        parameters, device = found.held.parameters, found.gramian.device
+        shared = {id(p) for p in found.shared}
+        chosen = frozenset(k for k, p in enumerate(parameters) if id(p) in shared)
+        total = _Sum(len(found.gramian), device, chosen, exact=True)
+        with torch.no_grad(), no_autocast(device):
+            for each in found.held.parts():
+                total.add(each)
+        taken = _mask(len(found.gramian), sit_out, device) if sit_out else None
+        g, extremes = total.close(taken)
+        return replace(found, gramian=g, extremes=extremes, exact=True)
+
+    def combined(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        sit_out: frozenset[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and their gradients of `Σ_b w_b ℓ_b`, from what is held.
+
+        Args:
+            found: of this step.
+            weights, other_weights: `[B]`, for the shared parameters and for the others.
+            sit_out: instances that do not count.
+        """
+        held = found.held
+        assert held is not None
+        shared = {id(p) for p in found.shared}
+        taken = None
+        if sit_out:
+            taken = _mask(len(weights), sit_out, weights.device)
+            weights, other_weights = (torch.where(taken, w, 0.0) for w in (weights, other_weights))
+        each = {
+            k: weights if id(p) in shared else other_weights for k, p in enumerate(held.parameters)
+        }
+        with torch.no_grad(), no_autocast(weights.device):
+            return held.combined(each, taken)
+
+    def check(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        *,
+        compare: bool = False,
+    ) -> None:
         """Whether `|d|² = wᵀGw`, as it has to be if every row is still whose it was.
 
         That is not waited for on an accelerator: rows are then looked at at the next step.
 
         Args:
             found: of this step.
-            weights: w `[B]`.
-            gradients: d, of the shared parameters.
+            weights, other_weights: w `[B]`, for the shared parameters and for the others.
+            gradients: d, by parameter.
+            compare: whether they are of a second pass, with which what is held has to agree before
+                it does alone.
 
         Raises:
             ValueError: it is not.
         """
-        g, w = found.gramian, weights.to(found.gramian)
-        wide = [d.double() if found.exact or is_half(d) else d for d in gradients]
-        if not wide:
+        g, w, known = found.gramian, weights.to(found.gramian), found.known
+        is_host = g.device.type == "cpu"
+        agrees = known is not None and known.n_agreed >= _AGREED
+        compare = compare and found.held is not None
+        if not is_host and (found.direct or (compare and agrees)):
+            # Nothing that has to be read is left over for the next step, so it can be direct.
             return
-        square = torch.stack([n.to(g) for n in torch._foreach_norm(wide)]).square().sum()
+        shared = {id(p) for p in found.shared}
+        chosen = [d for p, d in gradients if id(p) in shared]
+        if not chosen:
+            return
+        square = _square(chosen, g, found.exact)
         largest = (w.abs() * g.diagonal().sqrt()).sum().square()
         moved = (square - w @ g @ w).abs() > found.tolerance * largest
-        if g.device.type != "cpu":
+        if known is not None and compare and not (is_host and bool(moved)):
+            differs = self._differs(found, weights, other_weights, gradients, largest)
+            known.n_agreed += 1
+            if not is_host:
+                moved = moved | differs
+            elif bool(differs):
+                known.refused = True
+        if not is_host:
             self._moved = moved
         elif bool(moved):
             raise ValueError(
@@ -222,6 +342,26 @@ class Instance:
                 "stay with their instances while the graph is the same, found a step at which they "
                 'do not; use jacobian="loop"'
             )
+
+    def _differs(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        largest: Tensor,
+    ) -> Tensor:
+        """0-dim, whether what is held makes something else than these gradients."""
+        g = found.gramian
+        wanted = {id(p): d for p, d in gradients}
+        held = self.combined(found, weights, other_weights, frozenset())
+        if {id(p) for p, _ in held} != wanted.keys():
+            return torch.ones_like(largest, dtype=torch.bool)
+        with torch.no_grad():
+            apart = [d - wanted[id(p)] for p, d in held]
+        others = (other_weights.to(g).abs() * found.extremes.sqrt()).sum().square()
+        bound = found.tolerance**2 * (largest + others)
+        return ~(_square(apart, g, found.exact) <= bound)
 
     def combine(
         self,
@@ -251,32 +391,36 @@ class Instance:
                 result.append((p, gradient.to(p.dtype)))
 
         with torch.no_grad(), no_autocast(losses.device):
-            _collect(step, self._known_of(step, False), add)
+            _collect(step, self._known_of(step, False)[0], add)
         return result
 
-    def _known_of(self, step: _Step, look: bool) -> _Known:
-        """What is known of graphs like this one, found out anew where that is due."""
+    def _known_of(self, step: _Step, look: bool) -> tuple[_Known, bool]:
+        """What is known of graphs like this one, and whether it was found out anew, as where that
+        is due."""
         key = fingerprint(step.graph, step.place, step.losses, step.parameters)
         known = self._known.pop(key, None) or _Known()
         known.n_steps += not look
         # Instances may meet where they did not before, as in a hinge that was at rest.
         due = known.n_steps & (known.n_steps - 1) == 0
-        if look or due or sends_rows_about(step.graph):
+        is_new = look or due or sends_rows_about(step.graph)
+        if is_new:
             _look(step, known)
         self._known[key] = known
         while len(self._known) > _REMEMBERED:
             del self._known[next(iter(self._known))]
-        return known
+        return known, is_new
 
 
 class _Sum:
     """The Gramian as it adds up, of the shared parameters and of the others."""
 
     def __init__(self, n: int, device: torch.device, chosen: frozenset[int], exact: bool) -> None:
-        self.shared = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self.others = torch.zeros_like(self.shared)
         self.narrow = False
-        self._chosen, self.exact = chosen, exact
+        self.exact = exact
+        self._shared = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._others = torch.zeros_like(self._shared)
+        self._chosen = chosen
+        self._few: dict[tuple[bool, torch.device], list[Tensor]] = {}
 
     def add(self, found: dict[int, Part], narrow: bool = False) -> None:
         """Adds the parts of one layer: a weight's, and a bias's that follows it.
@@ -294,12 +438,41 @@ class _Sum:
             self.add_gramian(next(iter(found)), first.gramian(with_bias=True))
             return
         for k, part in found.items():
-            self.add_gramian(k, part.gramian())
+            if isinstance(part, Gathered) and part.rows.numel() <= SMALL // 4:
+                self._add_few(k, part.rows.reshape(len(part.rows), -1))
+            else:
+                self.add_gramian(k, part.gramian())
 
     def add_gramian(self, k: int, gram: Tensor) -> None:
         """Adds that of parameter k."""
-        into = self.shared if k in self._chosen else self.others
+        into = self._shared if k in self._chosen else self._others
         into += gram.to(into.device)
+
+    def close(self, taken: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The Gramian of the shared parameters, and the squares of the others' gradients.
+
+        Args:
+            taken: `[B]`, which instances take part, where not all do.
+        """
+        for key in [*self._few]:
+            self._add_together(key)
+        g, extremes = self._shared, self._others.diagonal()
+        if taken is None:
+            return g, extremes
+        g = torch.where(taken & taken[:, None], g, 0.0)
+        return g, torch.where(taken, extremes, 0.0)
+
+    def _add_few(self, k: int, rows: Tensor) -> None:
+        # A product for each bias and each gain would cost more than all of it at once.
+        key = k in self._chosen, rows.device
+        waiting = self._few.setdefault(key, [])
+        waiting.append(rows)
+        if sum(each.numel() for each in waiting) > SMALL:
+            self._add_together(key)
+
+    def _add_together(self, key: tuple[bool, torch.device]) -> None:
+        into = self._shared if key[0] else self._others
+        into += gramian(torch.cat(self._few.pop(key), 1)).to(into.device)
 
 
 def _step(
@@ -316,9 +489,13 @@ def _step(
 
 
 def _collect(
-    step: _Step, known: _Known, add: Callable[[dict[int, Part], bool], None]
+    step: _Step,
+    known: _Known,
+    add: Callable[[dict[int, Part], bool], None],
+    held: Held | None = None,
+    retain_graph: bool = True,
 ) -> list[Tensor] | None:
-    """Hands over what each layer has of its shared parameters, as soon as it is there.
+    """Hands over what each layer has of its parameters, as soon as it is there, and has it held.
 
     Returns:
         For each node with rows that never had a gradient whether one has now. None if rows are not
@@ -345,10 +522,14 @@ def _collect(
         if node in starts:
             kept[node] = gradient
         for layer in layers.get(node, ()):
-            add(parts(layer, gradient, rows, step.parameters), is_half(gradient))
+            found = parts(layer, gradient, rows, step.parameters)
+            add(found, is_half(gradient))
+            if held is not None:
+                held.add(layer, gradient, rows, found)
 
     nodes = [*layers, *(node for node in starts if node not in layers)]
-    step.visit({node: partial(visit, node) for node in nodes}, step.factors)
+    visitors = {node: partial(visit, node) for node in nodes}
+    step.visit(visitors, step.factors, retain_graph)
     if stale:
         return None
     for k, each in ways.items():
@@ -406,6 +587,39 @@ def _look(step: _Step, known: _Known) -> None:
             found[place] = owners
     known.owners = found
     known.silent = frozenset(step.place[node] for node in nodes if node not in base)
+    known.n_agreed = min(known.n_agreed, _AGREED - 1)
+    known.certain = not known.refused and _is_certain(step, known)
+
+
+def _is_certain(step: _Step, known: _Known) -> bool:
+    """Whether the operations alone tell the owners of all layers' rows, as they were found; those
+    of rows without a gradient are then known too."""
+    if step.strays or sends_rows_about(step.graph):
+        return False
+    certain = separated(step.graph, len(step.losses))
+    for layer in step.layers:
+        place = step.place[layer.node]
+        ids, found = certain.get(layer.node), known.owners.get(place)
+        if ids is None or found is None:
+            return False
+        n_rows = len(found.shape)
+        if any(size != 1 for size in ids.shape[n_rows:]):
+            return False
+        rows = np.broadcast_to(ids.reshape(ids.shape[:n_rows]), found.shape)
+        if ((found.ids != UNKNOWN) & (found.ids != rows)).any():
+            return False
+        if found.unsure is not None or found.blocks is None:
+            whole = arrange(rows, found.n, found.whose.device)
+            if whole is None or whole.blocks is None:
+                return False
+            known.owners[place] = whole
+    return True
+
+
+def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:
+    """The sum of the squares of all entries."""
+    wide = [t.double() if exact or is_half(t) else t for t in tensors]
+    return torch.stack([n.to(like) for n in torch._foreach_norm(wide)]).square().sum()
 
 
 def _seen(owners: Owners) -> bool:

@@ -62,8 +62,8 @@ class Gathered:
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b`, in the parameter's shape; `weights [B]`."""
-        weights = weights.to(self.rows.dtype).view(-1, *(1,) * (self.rows.dim() - 1))
-        return (weights * self.rows).sum(0)
+        found = weights.to(self.rows.dtype) @ self.rows.reshape(len(self.rows), -1)
+        return found.view(self.rows.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _gramian(rows: Tensor) -> Tensor:
     else:
         whole = width // BLOCK * BLOCK
         for some in torch.split(rows[:, :whole], max(1, _PIECE // (n * BLOCK)) * BLOCK, 1):
-            blocks = some.unflatten(1, (-1, BLOCK)).transpose(0, 1)
+            blocks = some.view(n, -1, BLOCK).transpose(0, 1)
             upper, lower = blocks[:, :half], blocks[:, half:]
             found[:half] += torch.bmm(upper, blocks.mT).sum(0, dtype=torch.float64)
             found[half:, half:] += torch.bmm(lower, lower.mT).sum(0, dtype=torch.float64)

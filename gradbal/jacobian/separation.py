@@ -8,7 +8,6 @@ apart at every step whose graph is the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,12 +53,13 @@ def separated(graph: Walk, n: int) -> dict[Node, Ids]:
                 known[start] = np.arange(n) if start not in known else None
         rule = _RULES.get(node.name())
         entered = {use.output for use in graph.uses[node]}
-        given = [known.get((node, k)) if k in entered else _NOTHING for k in range(len(outputs))]
+        told = [known[node, k] if k in entered else _NOTHING for k in range(len(outputs))]
+        given = [ids for ids in told if ids is not None]
         for position, (source, output) in enumerate(node.next_functions):
             if source is None:
                 continue
             found = None
-            if rule is not None and all(ids is not None for ids in given):
+            if rule is not None and len(given) == len(told):
                 try:
                     found = rule(_Call(node, given, outputs, position, _shape(source, output)))
                 except (_Mixed, AttributeError):
@@ -87,7 +87,7 @@ class _Call:
     def __init__(
         self,
         node: Node,
-        given: Sequence[Any],
+        given: Sequence[Ids],
         outputs: Sequence[Shape],
         position: int,
         shape: Shape,
@@ -100,8 +100,7 @@ class _Call:
         """Of the one output that is used."""
         if any(ids is not _NOTHING for ids in self.given[1:]) or self.given[0] is _NOTHING:
             raise _Mixed
-        found: Ids = self.given[0]
-        return found
+        return self.given[0]
 
     def argument(self, name: str) -> Any:
         """What the node has saved under that name."""
@@ -115,7 +114,7 @@ class _Call:
 
 
 def _outputs(node: Node) -> list[Shape]:
-    return [tuple(output.shape) for output in node._input_metadata]  # type: ignore[attr-defined]
+    return [tuple(output.shape) for output in node._input_metadata]
 
 
 def _shape(node: Node, output: int) -> Shape:
@@ -187,16 +186,19 @@ def _view(call: _Call) -> Ids:
 def _transpose(call: _Call) -> Ids:
     ids = call.ids
     first, second = call.dims("dim0", ids.ndim)[0], call.dims("dim1", ids.ndim)[0]
-    return ids.swapaxes(first, second)
+    found: Ids = ids.swapaxes(first, second)
+    return found
 
 
 def _turned(call: _Call) -> Ids:
-    return call.ids.T
+    found: Ids = call.ids.T
+    return found
 
 
 def _permute(call: _Call) -> Ids:
     ids = call.ids
-    return ids.transpose(np.argsort(call.dims("dims", ids.ndim)))
+    found: Ids = ids.transpose(np.argsort(call.dims("dims", ids.ndim)))
+    return found
 
 
 def _reduction(call: _Call) -> Ids:
@@ -251,7 +253,7 @@ def _cat(call: _Call) -> Ids:
 def _stack(call: _Call) -> Ids:
     ids = call.ids
     (dim,) = call.dims("dim", ids.ndim)
-    return ids.take(call.position if ids.shape[dim] > 1 else 0, dim)
+    return np.asarray(ids.take(call.position if ids.shape[dim] > 1 else 0, dim))
 
 
 def _product(data: int) -> Callable[[_Call], Ids]:
