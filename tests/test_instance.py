@@ -452,11 +452,13 @@ def test_half_precision_is_widened_before_it_is_multiplied() -> None:
         assert_close(opt.gramian, rows @ rows.T, model.tolerance)
 
 
+@pytest.mark.parametrize("piece", [0, 1 << 21])
 @pytest.mark.parametrize("large", [0, 1000_000])
 @pytest.mark.parametrize("name", ["Convolutions", "TwoCrops", "OtherDimensions"])
 def test_kernels_are_unfolded_or_not(
-    name: str, large: int, monkeypatch: pytest.MonkeyPatch
+    name: str, large: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(per_instance, "_PIECE", piece)
     monkeypatch.setattr(per_instance, "_LARGE_KERNEL", large)
     monkeypatch.setattr(per_instance, "_FEW_CHANNELS", 0)
     model = make(name)
@@ -469,6 +471,7 @@ def test_kernels_are_unfolded_or_not(
 @pytest.mark.parametrize("name", ["Perceptron", "LongSequences", "RareTokens", "Single"])
 def test_work_is_done_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_instance, "_PIECE", 60)
+    monkeypatch.setattr(per_instance, "_COLUMNS", 60)
     monkeypatch.setattr(per_instance, "_PAIRS", 200)
     monkeypatch.setattr(per_instance, "_MANY", 2)
     model = make(name)

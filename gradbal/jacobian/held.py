@@ -19,9 +19,6 @@ from gradbal.jacobian.per_instance import Gathered, Part, masked, parts, wide
 
 __all__ = ["Held"]
 
-_SMALL = 1 << 20
-"""Entries of the instances' own gradients up to which they are kept, rather than δ."""
-
 
 @dataclass(frozen=True)
 class _Delta:
@@ -74,7 +71,7 @@ class Held:
     ) -> None:
         """Keeps what one layer has: δ, or what was found from it."""
         for k, part in found.items():
-            if isinstance(part, Gathered) and part.rows.numel() <= max(_SMALL, gradient.numel()):
+            if isinstance(part, Gathered) and part.rows.numel() <= 2 * gradient.numel():
                 self._small[k] = part
             else:
                 self._large[k] = _Delta(layer, gradient, owners)

@@ -619,7 +619,10 @@ def _is_certain(step: _Step, known: _Known) -> bool:
 def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:
     """The sum of the squares of all entries."""
     wide = [t.double() if exact or is_half(t) else t for t in tensors]
-    return torch.stack([n.to(like) for n in torch._foreach_norm(wide)]).square().sum()
+    norms = list(torch._foreach_norm(wide))
+    if any(n.device != norms[0].device or n.dtype != norms[0].dtype for n in norms):
+        norms = [n.to(like) for n in norms]
+    return torch.stack(norms).to(like).square().sum()
 
 
 def _seen(owners: Owners) -> bool:

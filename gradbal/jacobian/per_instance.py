@@ -37,6 +37,9 @@ _LARGE_KERNEL = 40_000
 """Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as
 many groups as there are images are then slow."""
 
+_COLUMNS = 1 << 18
+"""Entries of unfolded inputs that are formed at a time."""
+
 _FEW_CHANNELS = 4
 """Channels up to which unfolded inputs are quicker: such groups leave vector units half empty."""
 
@@ -105,16 +108,6 @@ class Outer:
         step = max(1, _PIECE // (len(a) * a.shape[2]))
         for piece in torch.split(d, step, 2):
             yield torch.bmm(piece.mT, a).flatten(1)
-
-    def formed(self) -> Gathered:
-        """The gradients of the weight."""
-        a, d, turned = self.inputs, self.gradients, self.transposed
-        # The wider of the two first is quicker.
-        if a.shape[2] > d.shape[2]:
-            found, turned = torch.bmm(a.mT, d), not turned
-        else:
-            found = torch.bmm(d.mT, a)
-        return Gathered((found.mT if turned else found).reshape(-1, *self.shape))
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b` of the weight, in its shape; `weights [B]`."""
@@ -250,9 +243,9 @@ def parts(
     if isinstance(layer, Convolution):
         return _convolution(layer, d, owners)
     if isinstance(layer, Norm):
-        found: dict[int, Part] = {
-            layer.weight: _sums(d * wide(layer.normalized()), owners, layer.dims)
-        }
+        normalized = wide(layer.normalized())
+        product = normalized.mul_(d) if normalized.dtype == d.dtype else normalized * d
+        found: dict[int, Part] = {layer.weight: _sums(product, owners, layer.dims)}
         if layer.bias is not None:
             found[layer.bias] = _sums(d, owners, layer.dims)
         return found
@@ -310,16 +303,15 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
     x, kernel = wide(layer.inputs), layer.kernel
     unfolds = kernel.shape[2:].numel() == 1 or kernel.numel() > _LARGE_KERNEL
     unfolds = unfolds or kernel.shape[1] <= _FEW_CHANNELS
-    if unfolds and layer.groups == 1 and not layer.is_transposed:
-        columns = _unfolded(layer, x)
-        n = owners.n
+    unfolds = unfolds and layer.groups == 1 and not layer.is_transposed
+    if unfolds and len(x) * kernel.numel() > _PIECE:
+        columns, n = _unfolded(layer, x), owners.n
         a = owners.apart(columns).movedim(-1, -2).reshape(n, -1, columns.shape[1])
         apart = owners.apart(d.flatten(2)).movedim(-1, -2).reshape(n, -1, d.shape[1])
-        part = Outer(a, apart, False, kernel.shape)
-        # Where these are few they are less than the unfolded inputs.
-        found[layer.weight] = part if n * kernel.numel() > _PIECE else part.formed()
+        found[layer.weight] = Outer(a, apart, False, kernel.shape)
     else:
-        found[layer.weight] = Gathered(_added(owners.apart(_kernels(layer, x, d))))
+        of_images = (_kernels_unfolded if unfolds else _kernels)(layer, x, d)
+        found[layer.weight] = Gathered(_added(owners.apart(of_images)))
     return found
 
 
@@ -357,6 +349,23 @@ def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
         [False, True, False],
     )[1]
     return found.view(n, *kernel.shape)
+
+
+def _kernels_unfolded(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
+    """The same from unfolded inputs, of a few images at a time."""
+    kernel = layer.kernel
+    each = kernel[0].numel() * d.shape[2:].numel()
+    found = []
+    for images, gradients in zip(
+        *(torch.split(t, max(1, _COLUMNS // each)) for t in (x, d)), strict=True
+    ):
+        columns, flat = _unfolded(layer, images), gradients.flatten(2)
+        # The wider of the two first is quicker.
+        if columns.shape[1] > flat.shape[1]:
+            found.append(torch.bmm(columns, flat.mT).mT)
+        else:
+            found.append(torch.bmm(flat, columns.mT))
+    return torch.cat(found).reshape(-1, *kernel.shape)
 
 
 def _table(layer: Embedding, d: Tensor, owners: Owners, parameter: Tensor) -> Table:
