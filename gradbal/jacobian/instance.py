@@ -60,12 +60,14 @@ _AUDIT = 16
 class _Known:
     """What was found out about graphs of one structure.
 
-    owners: of the rows, by the node's place in the walk. silent: the places of nodes that no
-    gradient came to. n_steps: how often it was met. certain: whether the owners follow from the
-    operations alone. n_agreed: steps at which what is held was compared with a second pass, since
-    the last look. n_direct: steps without one. refused: whether the two have ever differed.
+    moves: whether they send rows about. owners: of the rows, by the node's place in the walk.
+    silent: the places of nodes that no gradient came to. n_steps: how often it was met. certain:
+    whether the owners follow from the operations alone. n_agreed: steps at which what is held was
+    compared with a second pass, since the last look. n_direct: steps without one. refused: whether
+    the two have ever differed.
     """
 
+    moves: bool
     owners: dict[int, Owners] = field(default_factory=dict)
     silent: frozenset[int] = frozenset()
     n_steps: int = 0
@@ -314,7 +316,7 @@ class Instance:
             ValueError: it is not.
         """
         g, w, known = found.gramian, weights.to(found.gramian), found.known
-        is_host = g.device.type == "cpu"
+        is_host = _on_host(g)
         agrees = known is not None and known.n_agreed >= _AGREED
         compare = compare and found.held is not None
         if not is_host and (found.direct or (compare and agrees)):
@@ -333,7 +335,7 @@ class Instance:
             if not is_host:
                 moved = moved | differs
             elif bool(differs):
-                known.refused = True
+                known.refused, known.certain = True, False
         if not is_host:
             self._moved = moved
         elif bool(moved):
@@ -398,11 +400,13 @@ class Instance:
         """What is known of graphs like this one, and whether it was found out anew, as where that
         is due."""
         key = fingerprint(step.graph, step.place, step.losses, step.parameters)
-        known = self._known.pop(key, None) or _Known()
+        known = self._known.pop(key, None) or _Known(sends_rows_about(step.graph))
         known.n_steps += not look
+        # Of such a graph it is only the last check that can ask for it.
+        known.refused |= look and known.certain
         # Instances may meet where they did not before, as in a hinge that was at rest.
         due = known.n_steps & (known.n_steps - 1) == 0
-        is_new = look or due or sends_rows_about(step.graph)
+        is_new = look or due or known.moves
         if is_new:
             _look(step, known)
         self._known[key] = known
@@ -588,13 +592,13 @@ def _look(step: _Step, known: _Known) -> None:
     known.owners = found
     known.silent = frozenset(step.place[node] for node in nodes if node not in base)
     known.n_agreed = min(known.n_agreed, _AGREED - 1)
-    known.certain = not known.refused and _is_certain(step, known)
+    known.certain = not (known.refused or known.moves) and _is_certain(step, known)
 
 
 def _is_certain(step: _Step, known: _Known) -> bool:
     """Whether the operations alone tell the owners of all layers' rows, as they were found; those
     of rows without a gradient are then known too."""
-    if step.strays or sends_rows_about(step.graph):
+    if step.strays:
         return False
     certain = separated(step.graph, len(step.losses))
     for layer in step.layers:
@@ -614,6 +618,11 @@ def _is_certain(step: _Step, known: _Known) -> bool:
                 return False
             known.owners[place] = whole
     return True
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a look at a tensor waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
 def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:

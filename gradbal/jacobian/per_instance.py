@@ -269,7 +269,8 @@ def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
     if dims == (1,) and tensor.dim() > 2:
         tensor = tensor.flatten(2).sum(2)
     kept = [tensor.shape[k] for k in dims]
-    rows = tensor.movedim(dims, tuple(range(-len(dims), 0)))
+    last = tuple(range(tensor.dim() - len(dims), tensor.dim()))
+    rows = tensor if dims == last else tensor.movedim(dims, last)
     # The rows' own dimension is before those, so it is still where it was.
     apart = owners.apart(rows)
     return Gathered(_added(apart.reshape(owners.n, -1, math.prod(kept))).reshape(owners.n, *kept))

@@ -62,7 +62,7 @@ def separated(graph: Walk, n: int) -> dict[Node, Ids]:
             if rule is not None and len(given) == len(told):
                 try:
                     found = rule(_Call(node, given, outputs, position, _shape(source, output)))
-                except (_Mixed, AttributeError):
+                except (_Mixed, AttributeError, IndexError, ValueError):
                     found = None
             edge = source, output
             if edge in known:
