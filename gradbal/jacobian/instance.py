@@ -49,6 +49,9 @@ _SAFE_SQUARES = (1e-25, 1e35)
 _REMEMBERED = 64
 """Structures of graphs that are remembered."""
 
+_BLOCK = 1 << 12
+"""Entries whose squares float32 may add up."""
+
 _AGREED = 2
 """Steps at which what is held has agreed with a second pass, before it does alone."""
 
@@ -182,7 +185,12 @@ class _Step:
 
 
 class Instance:
-    """Finds the Gramian of B losses of single instances in one backward pass."""
+    """Finds the Gramian of B losses of single instances in one backward pass.
+
+    Each loss must come from its own instance alone. Hooks on inner tensors are called with the
+    gradients of all instances at once, and have to treat each row by itself: in steps of one pass
+    that is looked at now and then.
+    """
 
     name = "instance"
 
@@ -626,12 +634,19 @@ def _on_host(tensor: Tensor) -> bool:
 
 
 def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:
-    """The sum of the squares of all entries."""
+    """The sum of the squares of all entries: blocks in their own precision, then float64."""
     wide = [t.double() if exact or is_half(t) else t for t in tensors]
-    norms = list(torch._foreach_norm(wide))
-    if any(n.device != norms[0].device or n.dtype != norms[0].dtype for n in norms):
-        norms = [n.to(like) for n in norms]
-    return torch.stack(norms).to(like).square().sum()
+    blocks: list[Tensor] = []
+    for flat in (t.reshape(-1) for t in wide):
+        whole = flat.numel() // _BLOCK * _BLOCK
+        if whole:
+            norms = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)
+            blocks.append(norms.to(like).square().sum())
+        blocks.append(flat[whole:])
+    rest = [each for each in blocks if each.dim() == 1]
+    sums = [each for each in blocks if each.dim() == 0]
+    sums += [norm.to(like).square() for norm in torch._foreach_norm(rest)]
+    return torch.stack(sums).sum()
 
 
 def _seen(owners: Owners) -> bool:
