@@ -12,35 +12,24 @@ what the layers hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
+from gradbal.jacobian.gramian_sum import GramianSum
 from gradbal.jacobian.graph import check_dense, shared_indices
 from gradbal.jacobian.held import Held
-from gradbal.jacobian.layers import Layer, find_layers, owned
-from gradbal.jacobian.owners import UNKNOWN, Codes, Owners, Reading, arrange, merged
-from gradbal.jacobian.per_instance import (
-    Gathered,
-    Outer,
-    Part,
-    in_float64,
-    is_half,
-    leading,
-    masked,
-    parts,
-)
-from gradbal.jacobian.products import SMALL, gramian, no_autocast
-from gradbal.jacobian.separation import separated
-from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
-from gradbal.jacobian.walk import Walk, walk
+from gradbal.jacobian.instance_step import InstanceStep, step_of
+from gradbal.jacobian.layers import Layer
+from gradbal.jacobian.looks import AGREED, Known, look_at, ways_to
+from gradbal.jacobian.per_instance import Part, is_half, masked, parts
+from gradbal.jacobian.products import gramian, no_autocast
+from gradbal.jacobian.strays import stray_part
 
 __all__ = ["FoundInstances", "Instance"]
 
@@ -51,43 +40,6 @@ _REMEMBERED = 64
 
 _BLOCK = 1 << 12
 """Entries whose squares float32 may add up."""
-
-_AGREED = 2
-"""Steps at which what is held has agreed with a second pass, before it does alone."""
-
-_AUDIT = 16
-"""After so many steps of one pass one has two again."""
-
-
-@dataclass
-class _Known:
-    """What was found out about graphs of one structure.
-
-    moves: whether they send rows about. owners: of the rows, by the node's place in the walk.
-    silent: the places of nodes that no gradient came to. n_steps: how often it was met. certain:
-    whether the owners follow from the operations alone. n_agreed: steps at which what is held was
-    compared with a second pass, since the last look. n_direct: steps without one. refused: whether
-    the two have ever differed.
-    """
-
-    moves: bool
-    owners: dict[int, Owners] = field(default_factory=dict)
-    silent: frozenset[int] = frozenset()
-    n_steps: int = 0
-    certain: bool = False
-    n_agreed: int = 0
-    n_direct: int = 0
-    refused: bool = False
-
-    def agrees(self) -> bool:
-        """Whether a step may do without a second pass; it is then counted."""
-        if self.n_agreed < _AGREED:
-            return False
-        self.n_direct += 1
-        if self.n_direct % _AUDIT == 0:
-            self.n_agreed = _AGREED - 1
-            return False
-        return True
 
 
 @dataclass(frozen=True)
@@ -111,7 +63,7 @@ class FoundInstances:
     exact: bool
     held: Held | None = None
     direct: bool = False
-    known: _Known | None = None
+    known: Known | None = None
 
     def leaves_range(self, host: Tensor) -> bool:
         """Whether squares were too small or too large for float32; `host` is the Gramian there."""
@@ -119,69 +71,6 @@ class FoundInstances:
         safe = (squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])
         zero = squares == 0
         return not (self.exact or bool((safe | zero).all() and safe.any()))
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The losses of one step and their graph.
-
-    losses: `[B]`. factors: `[B]`, their cotangents. parameters: all that are trained. layers: those
-    with such parameters. strays: indices of the parameters in no layer. place: node → its place in
-    the walk.
-    """
-
-    losses: Tensor
-    factors: Tensor
-    parameters: Sequence[Tensor]
-    graph: Walk
-    layers: list[Layer]
-    strays: list[int]
-    place: dict[Node, int]
-
-    def visit(
-        self,
-        visitors: Mapping[Node, Callable[[Tensor], None]],
-        factors: Tensor,
-        retain_graph: bool = True,
-    ) -> None:
-        """One backward pass that hands the gradient at each node's output to its visitor.
-
-        It goes no further than it must, and a gradient is gone when its visitor returns, but for
-        those where it ends.
-        """
-        ahead: dict[Node, bool] = {}
-        ends = []
-        for node in reversed(self.graph.order):
-            below = any(ahead[source] for source, _ in node.next_functions if source is not None)
-            if node in visitors and not below:
-                ends.append(node)
-            ahead[node] = below or node in visitors
-        final = set(ends)
-
-        def visited(node: Node, gradients: tuple[Any, ...]) -> None:
-            if gradients[0] is not None:
-                visitors[node](gradients[0])
-
-        handles = [
-            node.register_prehook(partial(visited, node)) for node in visitors if node not in final
-        ]
-        edges: list[Any] = [GradientEdge(node, 0) for node in ends]
-        if not edges:
-            return
-        try:
-            found = torch.autograd.grad(
-                self.losses, edges, factors, retain_graph=retain_graph, allow_unused=True
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-        for node, gradient in zip(ends, found, strict=True):
-            if gradient is not None:
-                visitors[node](gradient)
-
-    def leaf(self, k: int) -> Node:
-        """The node of a parameter."""
-        return self.graph.leaves[k]
 
 
 class Instance:
@@ -195,7 +84,7 @@ class Instance:
     name = "instance"
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, Known] = {}
         self._moved: Tensor | None = None
 
     def take(
@@ -228,11 +117,11 @@ class Instance:
             ValueError: no parameter is reached, a sparse gradient, or instances that mix.
         """
         device = losses.device
-        step = _step(losses, _without(factors, sit_out), parameters)
+        step = step_of(losses, _without(factors, sit_out), parameters)
         reach = step.graph.reach(1, len(parameters))
         chosen = shared_indices(parameters, reach, shared_parameters)
         with torch.no_grad(), no_autocast(losses.device):
-            total = _Sum(len(losses), device, frozenset(chosen), exact)
+            total = GramianSum(len(losses), device, frozenset(chosen), exact)
             doubts: list[Tensor] | None = []
             known, held, direct = None, None, False
             if len(losses) == 1:
@@ -244,8 +133,8 @@ class Instance:
                     direct = not (is_new or exact or self._moved is not None) and known.agrees()
                 doubts = _collect(step, known, total.add, held, retain_graph or not direct)
                 if doubts is None:
-                    total = _Sum(len(losses), device, frozenset(chosen), exact)
-                    _look(step, known)
+                    total = GramianSum(len(losses), device, frozenset(chosen), exact)
+                    look_at(step, known)
                     held = Held(parameters) if known.certain else None
                     doubts = _collect(step, known, total.add, held)
         shared = [parameters[k] for k in chosen]
@@ -265,7 +154,7 @@ class Instance:
         parameters, device = found.held.parameters, found.gramian.device
         shared = {id(p) for p in found.shared}
         chosen = frozenset(k for k, p in enumerate(parameters) if id(p) in shared)
-        total = _Sum(len(found.gramian), device, chosen, exact=True)
+        total = GramianSum(len(found.gramian), device, chosen, exact=True)
         with torch.no_grad(), no_autocast(device):
             for each in found.held.parts():
                 total.add(each)
@@ -325,7 +214,7 @@ class Instance:
         """
         g, w, known = found.gramian, weights.to(found.gramian), found.known
         is_host = _on_host(g)
-        agrees = known is not None and known.n_agreed >= _AGREED
+        agrees = known is not None and known.n_agreed >= AGREED
         compare = compare and found.held is not None
         if not is_host and (found.direct or (compare and agrees)):
             # Nothing that has to be read is left over for the next step, so it can be direct.
@@ -389,7 +278,7 @@ class Instance:
             parameters: n leaf tensors that require grad.
             sit_out: instances that do not count.
         """
-        step = _step(losses, _without(torch.ones_like(weights), sit_out), parameters)
+        step = step_of(losses, _without(torch.ones_like(weights), sit_out), parameters)
         taken = _mask(len(losses), sit_out, losses.device)
         weights = torch.where(taken, weights, 0.0)
         result: list[tuple[Tensor, Tensor]] = []
@@ -404,11 +293,11 @@ class Instance:
             _collect(step, self._known_of(step, False)[0], add)
         return result
 
-    def _known_of(self, step: _Step, look: bool) -> tuple[_Known, bool]:
+    def _known_of(self, step: InstanceStep, look: bool) -> tuple[Known, bool]:
         """What is known of graphs like this one, and whether it was found out anew, as where that
         is due."""
         key = fingerprint(step.graph, step.place, step.losses, step.parameters)
-        known = self._known.pop(key, None) or _Known(sends_rows_about(step.graph))
+        known = self._known.pop(key, None) or Known(sends_rows_about(step.graph))
         known.n_steps += not look
         # Of such a graph it is only the last check that can ask for it.
         known.refused |= look and known.certain
@@ -416,93 +305,16 @@ class Instance:
         due = known.n_steps & (known.n_steps - 1) == 0
         is_new = look or due or known.moves
         if is_new:
-            _look(step, known)
+            look_at(step, known)
         self._known[key] = known
         while len(self._known) > _REMEMBERED:
             del self._known[next(iter(self._known))]
         return known, is_new
 
 
-class _Sum:
-    """The Gramian as it adds up, of the shared parameters and of the others."""
-
-    def __init__(self, n: int, device: torch.device, chosen: frozenset[int], exact: bool) -> None:
-        self.narrow = False
-        self.exact = exact
-        self._shared = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self._others = torch.zeros_like(self._shared)
-        self._chosen = chosen
-        self._few: dict[tuple[bool, torch.device], list[Tensor]] = {}
-
-    def add(self, found: dict[int, Part], narrow: bool = False) -> None:
-        """Adds the parts of one layer: a weight's, and a bias's that follows it.
-
-        Args:
-            found: by the parameter's index.
-            narrow: whether they come from half precision.
-        """
-        self.narrow |= narrow
-        if self.exact:
-            found = {k: in_float64(part) for k, part in found.items()}
-        apart = {k in self._chosen for k in found}
-        first, *rest = found.values()
-        if isinstance(first, Outer) and rest and len(apart) == 1:
-            self.add_gramian(next(iter(found)), first.gramian(with_bias=True))
-            return
-        for k, part in found.items():
-            if isinstance(part, Gathered) and part.rows.numel() <= SMALL // 4:
-                self._add_few(k, part.rows.reshape(len(part.rows), -1))
-            else:
-                self.add_gramian(k, part.gramian())
-
-    def add_gramian(self, k: int, gram: Tensor) -> None:
-        """Adds that of parameter k."""
-        into = self._shared if k in self._chosen else self._others
-        into += gram.to(into.device)
-
-    def close(self, taken: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The Gramian of the shared parameters, and the squares of the others' gradients.
-
-        Args:
-            taken: `[B]`, which instances take part, where not all do.
-        """
-        for key in [*self._few]:
-            self._add_together(key)
-        g, extremes = self._shared, self._others.diagonal()
-        if taken is None:
-            return g, extremes
-        g = torch.where(taken & taken[:, None], g, 0.0)
-        return g, torch.where(taken, extremes, 0.0)
-
-    def _add_few(self, k: int, rows: Tensor) -> None:
-        # A product for each bias and each gain would cost more than all of it at once.
-        key = k in self._chosen, rows.device
-        waiting = self._few.setdefault(key, [])
-        waiting.append(rows)
-        if sum(each.numel() for each in waiting) > SMALL:
-            self._add_together(key)
-
-    def _add_together(self, key: tuple[bool, torch.device]) -> None:
-        into = self._shared if key[0] else self._others
-        into += gramian(torch.cat(self._few.pop(key), 1)).to(into.device)
-
-
-def _step(
-    losses: Tensor,
-    factors: Tensor,
-    parameters: Sequence[Tensor],
-) -> _Step:
-    graph = walk([losses], parameters)
-    layers = find_layers(graph, parameters)
-    inside = {k for layer in layers for k in owned(layer)}
-    strays = [k for k in sorted(graph.leaves) if k not in inside]
-    place = {node: i for i, node in enumerate(graph.order)}
-    return _Step(losses, factors.to(losses.dtype), parameters, graph, layers, strays, place)
-
-
 def _collect(
-    step: _Step,
-    known: _Known,
+    step: InstanceStep,
+    known: Known,
     add: Callable[[dict[int, Part], bool], None],
     held: Held | None = None,
     retain_graph: bool = True,
@@ -517,7 +329,7 @@ def _collect(
     layers: dict[Node, list[Layer]] = {}
     for layer in step.layers:
         layers.setdefault(layer.node, []).append(layer)
-    ways = {k: _ways(step, k, known) for k in step.strays}
+    ways = {k: ways_to(step, k, known) for k in step.strays}
     starts = {path[0].node for each in ways.values() for path in each}
     kept: dict[Node, Tensor] = {}
     doubts: list[Tensor] = []
@@ -551,83 +363,6 @@ def _collect(
     return doubts
 
 
-def _look(step: _Step, known: _Known) -> None:
-    """Finds out which rows are whose.
-
-    Raises:
-        ValueError: instances mix.
-    """
-    n = len(step.losses)
-    layers = {layer.node: layer for layer in step.layers}
-    above = {node for k in step.strays for node in candidates(step.graph, step.leaf(k))}
-    base: dict[Node, Tensor] = {}
-
-    def first(node: Node, gradient: Tensor) -> None:
-        base[node] = gradient
-
-    nodes = [*layers, *(node for node in above if node not in layers)]
-    step.visit({node: partial(first, node) for node in nodes}, step.factors)
-    narrow = any(gradient.dtype == torch.float16 for gradient in base.values())
-    codes = Codes.draw(n, step.factors, 4 if narrow else 16)
-    readings = {
-        node: [Reading(g, rows, codes) for rows in _leading(layers.get(node), g)]
-        for node, g in base.items()
-    }
-
-    def again(node: Node, number: int, gradient: Tensor) -> None:
-        for reading in readings[node]:
-            reading.add(number, gradient)
-
-    for number, factors in enumerate(codes.factors):
-        visitors = {node: partial(again, node, number) for node in readings}
-        step.visit(visitors, step.factors * factors)
-    found: dict[int, Owners] = {}
-    # The one nearest to the losses tells most about where instances mix.
-    for node in sorted(readings, key=step.place.__getitem__):
-        place = step.place[node]
-        before = known.owners.get(place)
-        each = (reading.owners() for reading in readings[node])
-        told = (merged(ids, before, n, base[node].device) for ids in each if ids is not None)
-        # A row with NaN tells nothing; its single entries may.
-        owners = max((found for found in told if found is not None), key=_seen, default=None)
-        if node in layers:
-            if owners is None:
-                raise ValueError(_mixing(step, node, owned(layers[node])[0]))
-            found[place] = owners
-        elif owners is not None and (owners.n_seen > 1 or not carries(node)):
-            # What only one instance has a gradient of may belong to others at the next step.
-            found[place] = owners
-    known.owners = found
-    known.silent = frozenset(step.place[node] for node in nodes if node not in base)
-    known.n_agreed = min(known.n_agreed, _AGREED - 1)
-    known.certain = not (known.refused or known.moves) and _is_certain(step, known)
-
-
-def _is_certain(step: _Step, known: _Known) -> bool:
-    """Whether the operations alone tell the owners of all layers' rows, as they were found; those
-    of rows without a gradient are then known too."""
-    if step.strays:
-        return False
-    certain = separated(step.graph, len(step.losses))
-    for layer in step.layers:
-        place = step.place[layer.node]
-        ids, found = certain.get(layer.node), known.owners.get(place)
-        if ids is None or found is None:
-            return False
-        n_rows = len(found.shape)
-        if any(size != 1 for size in ids.shape[n_rows:]):
-            return False
-        rows = np.broadcast_to(ids.reshape(ids.shape[:n_rows]), found.shape)
-        if ((found.ids != UNKNOWN) & (found.ids != rows)).any():
-            return False
-        if found.unsure is not None or found.blocks is None:
-            whole = arrange(rows, found.n, found.whose.device)
-            if whole is None or whole.blocks is None:
-                return False
-            known.owners[place] = whole
-    return True
-
-
 def _on_host(tensor: Tensor) -> bool:
     """Whether a look at a tensor waits for nothing."""
     return tensor.device.type == "cpu"
@@ -649,52 +384,6 @@ def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def _seen(owners: Owners) -> bool:
-    return owners.n_seen > 1
-
-
-def _leading(layer: Layer | None, gradient: Tensor) -> list[int]:
-    """How many dimensions of rows to try: of nodes that are not known it may be all."""
-    if layer is not None:
-        return [leading(layer, gradient)]
-    n = gradient.dim()
-    return [n - 1, n] if n > 1 else [1]
-
-
-def _ways(step: _Step, k: int, known: _Known) -> list[Path]:
-    def told(node: Node) -> bool:
-        return step.place[node] in known.owners or step.place[node] in known.silent
-
-    found = paths(step.graph, step.leaf(k), told)
-    if found is None:
-        raise ValueError(
-            'with jacobian="instance" parameters must meet the instances in a model, found one '
-            f"of shape {list(step.parameters[k].shape)} that is among the losses itself"
-        )
-    if not isinstance(found, list):
-        raise ValueError(_mixing(step, found, k))
-    return found
-
-
-def _mixing(step: _Step, node: Node, k: int) -> str:
-    shape = list(step.parameters[k].shape)
-    if any(use.output != 0 for use in step.graph.uses[node]):
-        return (
-            f'with jacobian="instance" one output of {node.name()} may be used, where a parameter '
-            f'of shape {shape} is, found several; use jacobian="loop"'
-        )
-    message = (
-        'instances must not mix with jacobian="instance", found a gradient of several at '
-        f"{node.name()}, where a parameter of shape {shape} is used"
-    )
-    if any(
-        "BatchNorm" in each.name() and getattr(each, "_saved_training", False)
-        for each in step.graph.order
-    ):
-        return f"{message}; BatchNorm in training mode mixes them: use GroupNorm, or eval()"
-    return f"{message}; each loss must come from its own instance alone"
-
-
 def _tolerance(losses: Tensor, shared: Sequence[Tensor], narrow: bool) -> float:
     if narrow or losses.device.type != "cpu" or any(is_half(p) for p in shared):
         # Accelerators may multiply in TF32.
@@ -702,7 +391,7 @@ def _tolerance(losses: Tensor, shared: Sequence[Tensor], narrow: bool) -> float:
     return 1e-8 if all(p.dtype == torch.float64 for p in [losses, *shared]) else 1e-4
 
 
-def _take_one(step: _Step, total: _Sum) -> None:
+def _take_one(step: InstanceStep, total: GramianSum) -> None:
     """A single instance has nothing to mix with."""
     reached = sorted(step.graph.leaves)
     chosen = [step.parameters[k] for k in reached]
