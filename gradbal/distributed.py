@@ -669,8 +669,8 @@ def find_processes(
         return Alone()
     if any(ddp.static_graph for ddp in wrapped):
         raise ValueError(
-            "DistributedDataParallel must have static_graph=False, found True, under which the first "
-            "backward pass has to be the only one; use find_unused_parameters=True"
+            "DistributedDataParallel must have static_graph=False, found True, under which the "
+            "first backward pass has to be the only one; use find_unused_parameters=True"
         )
     processes = Replicas(group, wrapped)
     processes.check_same(parameters)

@@ -40,7 +40,7 @@ from gradbal.jacobian.products import (
     upload,
     wants_exact,
 )
-from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.rows import Rows, deliver
 from gradbal.jacobian.sketch import Sketch, Sketched
 from gradbal.jacobian.sums import WeightedSum
 from gradbal.jacobian.vmap import VMap
@@ -75,6 +75,7 @@ __all__ = [
     "check_dense",
     "combine",
     "cross_gramian",
+    "deliver",
     "gradients",
     "gradients_of",
     "gramian",
