@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Learner:
         method: a name of gradbal's registry, taken with its default hyperparameters; None for
             `sum(losses).backward()` without gradbal.
         seed: see above.
+        architecture: a name of the benchmark's architectures; its own network if left out.
     """
 
     def __init__(
@@ -53,12 +55,26 @@ class Learner:
         tasks: Sequence[Task],
         method: str | None,
         seed: int,
+        architecture: str | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.tasks = tasks
-        self.model = benchmark.build([task.name for task in tasks])
+        self.settings = settings
+        self.seed = seed
+        self.architecture = benchmark.of(architecture or benchmark.architecture)
+        self.model = self.architecture.build([task.name for task in tasks])
         adam = Adam(self.model.parameters(), lr=settings.lr)
         self.optimizer: Optimizer = adam if method is None else MultiTaskOptimizer(adam, method)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def prepare(self, split: Split) -> None:
+        """What the architecture does with the training data before it is trained, if anything."""
+        if self.architecture.prepare is not None:
+            self.architecture.prepare(self.model, self.tasks, split, self.settings, self.seed)
 
     @property
     def description(self) -> str:
@@ -109,10 +125,13 @@ class Learner:
         if isinstance(self.optimizer, MultiTaskOptimizer):
             self.optimizer.end_epoch()
 
-    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
+    def _losses(self, batch: Split) -> tuple[Any, list[Tensor]]:
         features = self.model.features(batch.inputs)
         outputs = self.model.outputs(features)
         losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
+        extra = self.model.regularization_loss()
+        if extra is not None:
+            losses = [loss + extra / len(losses) for loss in losses]
         return features, losses
 
 
@@ -156,8 +175,10 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     learner.model.train()
+    total = steps_per_run(settings)
     held_out = validation_batches(splits.validation, settings, seed)
     for number, batch in enumerate(batches(splits.train, settings, seed), start=1):
+        learner.model.set_progress(number - 1, total)
         losses = learner.step(batch, next(held_out))
         for task, loss in zip(learner.tasks, losses, strict=True):
             if not math.isfinite(loss.item()):

@@ -6,6 +6,7 @@ as an archive and never installed. What has been parsed is kept beside it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -134,7 +135,8 @@ def load_census(data_root: Path | None = None) -> Census:
         for part in ("train", "test")
     )
     census = Census(train, test, {name: list(codes) for name, codes in categories.items()})
-    _write(census, parsed)
+    with contextlib.suppress(OSError):  # A folder that can only be read costs seconds each time.
+        _write(census, parsed)
     return census
 
 
