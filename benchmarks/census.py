@@ -90,7 +90,7 @@ def _split(
     names = list(NOMINAL)
     columns = [names.index(name) for name in _features(data)]
     numeric = (people.numeric[rows] - scale[0]) / scale[1]
-    inputs = np.concatenate([numeric, people.codes[np.ix_(rows, columns)]], axis=1)
+    inputs = np.concatenate([numeric, people.codes[rows][:, columns]], axis=1)
     degree = _among(census, people, "education", _DEGREES)
     answers = {
         "income": people.rich,
@@ -178,9 +178,10 @@ class _Auroc(BinaryAUROC):
     """The area under the ROC curve, of logits."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        # As probabilities in float64, where no two logits of ours become equal; the base class
-        # decides batch by batch whether it has got logits.
-        super().update(preds.double().sigmoid(), target)
+        # The base class takes what lies in [0, 1], and decides batch by batch whether it does. The
+        # area depends on the order alone, which this keeps where a sigmoid would make logits equal.
+        logits = preds.double()
+        super().update((1 + logits / (1 + logits.abs())) / 2, target)
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

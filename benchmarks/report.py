@@ -148,9 +148,9 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
         numbers: list[float | None] = []
         for stat in (*stats, row.delta_m, row.delta_p):
             numbers += [None, None] if stat is None else [stat.mean, stat.spread]
-        line = [plan.benchmark.name, row.architecture, marks[row.architecture], row.method]
-        line += [row.seeds, row.failed, *numbers, row.step_time]
-        writer.writerow(line + ([row.step_seconds, row.parameters] if more else []))
+        fixed = [plan.benchmark.name, row.architecture, marks[row.architecture], row.method]
+        size = [row.step_seconds, row.parameters] if more else []
+        writer.writerow([*fixed, row.seeds, row.failed, *numbers, row.step_time, *size])
     write_whole(path, lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
 
 

@@ -198,7 +198,7 @@ def _write(census: Census, path: Path) -> None:
 
 
 def _read(path: Path) -> Census:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         train, test = (
             People(*(file[f"{part}_{name}"] for name in ("numeric", "codes", "rich")))
             for part in ("train", "test")
