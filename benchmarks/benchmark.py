@@ -34,8 +34,8 @@ class Network(nn.Module):
         """By task, what its head makes of the features."""
         raise NotImplementedError
 
-    def regularization_loss(self) -> Tensor | None:
-        """What is to be added to the losses after a forward pass, 0-dim; None for nothing."""
+    def regularization_loss(self, inputs: Tensor, task: str) -> Tensor | None:
+        """What is to be added to a task's loss of a batch, 0-dim; None for nothing."""
         return None
 
     def set_progress(self, step: int, total: int) -> None:

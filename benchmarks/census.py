@@ -18,7 +18,7 @@ Note:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC
 
-from benchmarks.benchmark import (
-    Architecture,
-    Benchmark,
-    Measure,
-    Network,
-    Preset,
-    Settings,
-    Split,
-    Splits,
-    Task,
-)
+from benchmarks.architectures import Kit, Part, architectures
+from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
 from benchmarks.data.census import NOMINAL, NUMERIC, Census, People, load_census
-from benchmarks.models.shared import Shared
-from gradbal.nn import HardParameterSharing
 
 __all__ = ["CENSUS", "CENSUS_EDUCATION", "splits_of"]
 
@@ -163,15 +152,25 @@ def _heads(tasks: Sequence[str], width: int) -> dict[str, nn.Module]:
 _TOWER = 16
 
 
-def _hps(data: str, tasks: Sequence[str]) -> Network:
-    encode = _one_hot(data)
-    model = HardParameterSharing(tasks, lambda: _stages(encode.width, (128, 64)), _heads(tasks, 64))
-    return Shared(model, encode)
+def _part(inputs: int, *widths: int) -> Part:
+    return Part(
+        partial(_stages, inputs, widths),
+        lambda tasks: _heads(tasks, widths[-1]),
+        f"layers of {' and '.join(map(str, widths))}",
+    )
 
 
-@cache
-def _one_hot(data: str) -> OneHot:
-    return OneHot([NOMINAL[name][1] for name in _features(data)])
+def _kit(data: str) -> Kit:
+    encode = OneHot([NOMINAL[name][1] for name in _features(data)])
+    return Kit(
+        encode,
+        whole=_part(encode.width, 128, 64),
+        half=_part(encode.width, 64, 32),
+        expert=_part(encode.width, 16, 16),
+        experts=8,
+        selected=2,
+        gates=lambda: [(None, encode.width), (None, 16)],
+    )
 
 
 class _Auroc(BinaryAUROC):
@@ -223,6 +222,7 @@ def _presets(data: str) -> Mapping[str, Preset]:
 
 
 def _benchmark(name: str, data: str, summary: str) -> Benchmark:
+    found = architectures(_kit(data))
     return Benchmark(
         name=name,
         summary=summary,
@@ -232,14 +232,10 @@ def _benchmark(name: str, data: str, summary: str) -> Benchmark:
         methods=("mean", "upgrad", "mgda", "pcgrad", "cagrad", "nash_mtl", "imtl_g", "uw", "famo"),
         presets=_presets(data),
         load=_load,
-        build=partial(_hps, data),
-        architectures=_architectures(data),
+        build=found["hps"].build,
+        architectures=found,
         note=_note,
     )
-
-
-def _architectures(data: str) -> dict[str, Architecture]:
-    return {"hps": Architecture("layers of 128 and 64", partial(_hps, data))}
 
 
 CENSUS = _benchmark(

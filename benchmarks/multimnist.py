@@ -14,17 +14,21 @@ Note:
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from benchmarks.architectures import Kit, Part, architectures
 from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
 from benchmarks.data.mnist import Digits, load_5k, load_full, split_by_class
+from benchmarks.models import lenet
 from benchmarks.models.lenet import LeNet
 
 __all__ = ["MULTIMNIST", "compose", "source_digits"]
@@ -95,6 +99,31 @@ def _accuracy() -> Metric:
 
 _ACCURACY = Measure("accuracy", higher_is_better=True, percent=True, meter=_accuracy)
 
+
+def _part(first: int, second: int, features: int) -> Part:
+    return Part(
+        partial(lenet.stages, first, second, features),
+        lambda tasks: lenet.heads(tasks, features),
+        f"LeNets of {first} and {second} filters and {features} features",
+    )
+
+
+def _gates() -> list[tuple[nn.Module | None, int]]:
+    """Gates see images at a sixth of their size, and of feature maps the channels' averages."""
+    return [(nn.Sequential(nn.AvgPool2d(6), nn.Flatten()), 36), (None, 5), (None, 10)]
+
+
+_KIT = Kit(
+    lenet.read,
+    whole=_part(10, 20, 50),
+    half=_part(7, 14, 35),
+    expert=_part(5, 10, 25),
+    experts=4,
+    selected=2,
+    gates=_gates,
+    channels_last=True,
+)
+
 MULTIMNIST = Benchmark(
     name="multimnist",
     summary="two overlapping digits, one classification task each (LeNet)",
@@ -132,4 +161,5 @@ MULTIMNIST = Benchmark(
     },
     load=_load,
     build=LeNet,
+    architectures=architectures(_KIT),
 )

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.benchmark import Benchmark, Settings, Split
 from benchmarks.training import Learner, batches
 
@@ -51,6 +53,8 @@ def step_times(
         rounds: measured rounds, at least 1; some unmeasured ones come first.
         after_round: called after each measured round.
     """
+    # On one thread CPU time is the duration without what other programs took in between.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     batch = next(batches(train_split, settings, seed=0))
     plain = Contestant(None, benchmark.architecture)
     learners: dict[Contestant, Learner] = {}
@@ -71,9 +75,9 @@ def step_times(
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            start = time.perf_counter()
+            start = clock()
             learners[name].step(batch, batch)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         after_round()
     return {
         contestant: StepTime(

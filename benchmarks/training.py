@@ -128,11 +128,12 @@ class Learner:
     def _losses(self, batch: Split) -> tuple[Any, list[Tensor]]:
         features = self.model.features(batch.inputs)
         outputs = self.model.outputs(features)
-        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
-        extra = self.model.regularization_loss()
-        if extra is not None:
-            losses = [loss + extra / len(losses) for loss in losses]
-        return features, losses
+        return features, [self._loss(task, outputs[task.name], batch) for task in self.tasks]
+
+    def _loss(self, task: Task, output: Tensor, batch: Split) -> Tensor:
+        loss = task.loss(output, batch.targets[task.name])
+        extra = self.model.regularization_loss(batch.inputs, task.name)
+        return loss if extra is None else loss + extra
 
 
 def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:

@@ -35,9 +35,11 @@ class Shared(Network):
         outputs: dict[str, Tensor] = self.model.from_features(features)
         return outputs
 
-    def regularization_loss(self) -> Tensor | None:
+    def regularization_loss(self, inputs: Tensor, task: str) -> Tensor | None:
         """What the architecture's paper adds to the losses."""
-        extra = self.model.regularization_loss()
+        if type(self.model).regularization_loss is MultiTaskModel.regularization_loss:
+            return None  # Most add nothing, and need no inputs made for it.
+        extra = self.model.regularization_loss(self.encode(inputs), task)
         return extra if extra.requires_grad else None
 
     def set_progress(self, step: int, total: int) -> None:

@@ -142,7 +142,7 @@ def test_more_categories_than_uci_has():
         line[data.NOMINAL["sex"][0]] = str(number)
     content = "\n".join(", ".join(line) for line in lines).encode()
     with pytest.raises(
-        BenchmarkError, match="line 3 .* 2 categories of sex, found '2' as one more"
+        BenchmarkError, match=r"line 3 .* 2 categories of sex, found '2' as one more"
     ):
         data._parse(content, "train", {name: {} for name in data.NOMINAL})
 
@@ -186,7 +186,7 @@ def test_what_is_asked_for_is_no_feature(root):
     for group, columns in (("income", 32), ("education", 31)):
         split = census.splits_of(data.load_census(root), _settings(group)).test
         assert split.inputs.shape == (90, 7 + columns)
-        assert census._one_hot(group)(split.inputs).shape[1] == 503 + 7 - (
+        assert census._kit(group).encode(split.inputs).shape[1] == 503 + 7 - (
             7 if columns == 32 else 24
         )
 
