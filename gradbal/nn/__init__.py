@@ -5,9 +5,19 @@
 """
 
 from gradbal.nn._base import MultiTaskModel
+from gradbal.nn.cgc import CGC
+from gradbal.nn.cross_stitch import CrossStitch
+from gradbal.nn.dselect_k import DSelectK
 from gradbal.nn.hard_parameter_sharing import HardParameterSharing
+from gradbal.nn.mmoe import MMoE
+from gradbal.nn.ple import PLE
 
 __all__ = [
+    "CGC",
+    "PLE",
+    "CrossStitch",
+    "DSelectK",
     "HardParameterSharing",
+    "MMoE",
     "MultiTaskModel",
 ]

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbal.nn import HardParameterSharing, MultiTaskModel
+from gradbal.nn import (
+    CGC,
+    PLE,
+    CrossStitch,
+    DSelectK,
+    HardParameterSharing,
+    MMoE,
+    MultiTaskModel,
+)
 
 TASKS = ("a", "b", "c.d")
 IN, WIDTH = 4, 5
@@ -46,6 +54,53 @@ def losses(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 MODELS: dict[str, Callable[[], MultiTaskModel]] = {
     "HardParameterSharing": lambda: HardParameterSharing(TASKS, encoder, heads()),
+    "CrossStitch": lambda: CrossStitch(TASKS, staged, heads()),
+    "CrossStitch, per channel": lambda: CrossStitch(
+        TASKS, staged, heads(), per_channel=True, channels=[WIDTH, WIDTH]
+    ),
+    "MMoE": lambda: MMoE(TASKS, encoder, heads(), num_experts=3, gate_input_dim=IN),
+    "MMoE, batched": lambda: MMoE(
+        TASKS, encoder, heads(), num_experts=3, gate_input_dim=IN, batched=True
+    ),
+    "MMoE, gate encoder": lambda: MMoE(
+        TASKS, encoder, heads(), num_experts=2, gate_encoder=nn.Linear(IN, 3), gate_input_dim=3
+    ),
+    "CGC": lambda: CGC(
+        TASKS,
+        encoder,
+        heads(),
+        num_shared=2,
+        num_specific={"a": 1, "b": 0, "c.d": 2},
+        gate_input_dim=IN,
+    ),
+    "PLE": lambda: PLE(
+        TASKS,
+        staged,
+        heads(),
+        num_shared=2,
+        num_specific={"a": 1, "b": 0, "c.d": 2},
+        gate_input_dims=[IN, WIDTH, WIDTH],
+    ),
+    "PLE, no shared stream": lambda: PLE(
+        TASKS,
+        staged,
+        heads(),
+        num_shared=1,
+        num_specific=1,
+        shared_stream=False,
+        gate_input_dims=[IN, WIDTH, WIDTH],
+    ),
+    "DSelectK": lambda: DSelectK(TASKS, encoder, heads(), num_experts=4, k=2, entropy=0.1),
+    "DSelectK, per example": lambda: DSelectK(
+        TASKS,
+        encoder,
+        heads(),
+        num_experts=3,
+        k=2,
+        per_example=True,
+        gate_input_dim=IN,
+        entropy=lambda progress: 1 + progress,
+    ),
 }
 
 
