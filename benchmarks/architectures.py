@@ -7,22 +7,26 @@ parameter sharing is divided among the tasks' networks or among the experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.benchmark import Architecture, Network
+from benchmarks.benchmark import Architecture, Network, Settings, Splits, Task
 from benchmarks.models.shared import Shared
+from benchmarks.training import batches, judge
 from gradbal.nn import (
     CGC,
     PLE,
     CrossStitch,
     DSelectK,
     HardParameterSharing,
+    LearningToBranch,
     MMoE,
     MultiTaskModel,
+    SparseSharing,
+    find_masks,
 )
 
 __all__ = ["Kit", "Part", "architectures", "hard_sharing"]
@@ -91,15 +95,18 @@ def hard_sharing(kit: Kit) -> Architecture:
 
 def architectures(kit: Kit) -> dict[str, Architecture]:
     """Those that fit encoders of any kind, by the name that `--architectures` takes."""
-    half, expert, n = kit.half, kit.expert, kit.experts
+    whole, half, expert, n = kit.whole, kit.half, kit.expert, kit.experts
     own = f"an encoder for each task, {half.size}"
     sizes = f"{expert.size}"
-    divided = {"num_shared": n // 2, "num_specific": n // 4}
     return {
         "hps": hard_sharing(kit),
         "cross_stitch": Architecture(
             f"{own}, mixed after each stage",
             kit.finish(lambda tasks: CrossStitch(tasks, half.stages, half.heads(tasks))),
+        ),
+        "ltb": Architecture(
+            f"{own}, whose stages choose their inputs",
+            kit.finish(lambda tasks: LearningToBranch(tasks, half.stages, half.heads(tasks))),
         ),
         "mmoe": Architecture(
             f"{n} experts, {sizes}",
@@ -121,7 +128,8 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
                     tasks,
                     expert.stages,
                     expert.heads(tasks),
-                    **divided,
+                    num_shared=n // 2,
+                    num_specific=n // 4,
                     gate_encoder=kit.gates()[0][0],
                     gate_input_dim=kit.gates()[0][1],
                 )
@@ -134,7 +142,8 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
                     tasks,
                     expert.stages,
                     expert.heads(tasks),
-                    **divided,
+                    num_shared=n // 2,
+                    num_specific=n // 4,
                     gate_encoders=[encoder for encoder, _ in kit.gates()],
                     gate_input_dims=[width for _, width in kit.gates()],
                 )
@@ -148,4 +157,43 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
                 )
             ),
         ),
+        "sparse_sharing": Architecture(
+            f"one encoder, {whole.size}, with the best mask of {_ROUNDS} prunings for each task",
+            kit.finish(lambda tasks: SparseSharing(tasks, whole.stages, whole.heads(tasks))),
+            _search,
+        ),
     }
+
+
+_ROUNDS, _FRACTION = 3, 0.3
+"""Of the search for masks: how often, and what part of the weights is left out each time."""
+
+
+def _search(
+    network: Network, tasks: Sequence[Task], splits: Splits, settings: Settings, seed: int
+) -> None:
+    """Find the masks of sparse sharing: an epoch for each task and sparsity, judged on validation.
+
+    The first measure of the task decides.
+    """
+    assert isinstance(network, Shared)
+    encode, by_name = network.encode, {task.name: task for task in tasks}
+
+    def train_one_task(model: SparseSharing, name: str) -> None:
+        model.train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+        for batch in batches(splits.train, replace(settings, epochs=1), seed):
+            output = model(encode(batch.inputs), task=name)
+            optimizer.zero_grad()
+            by_name[name].loss(output, batch.targets[name]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    def score(model: SparseSharing, name: str) -> float:
+        model.eval()
+        task, measure = by_name[name], by_name[name].measures[0]
+        found = judge(lambda x: {name: model(encode(x), task=name)}, [task], splits.validation)
+        return found[name][measure.name] * (1 if measure.higher_is_better else -1)
+
+    model = network.model
+    assert isinstance(model, SparseSharing)
+    find_masks(model, train_one_task, rounds=_ROUNDS, fraction=_FRACTION, evaluate=score)

@@ -128,12 +128,12 @@ class Architecture:
         summary: sizes, in a line for `list`.
         build: as `Benchmark.build`.
         prepare: what has to be done with a fresh network before it is trained, if anything; takes
-            the network, the tasks, the training data, the settings and the seed.
+            the network, the tasks, the data (but for the test split), the settings and the seed.
     """
 
     summary: str
     build: Callable[[Sequence[str]], Network]
-    prepare: Callable[[Network, Sequence[Task], Split, Settings, int], None] | None = None
+    prepare: Callable[[Network, Sequence[Task], Splits, Settings, int], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ Note:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,20 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.architectures import Kit, Part, architectures
-from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
+from benchmarks.benchmark import (
+    Architecture,
+    Benchmark,
+    Measure,
+    Preset,
+    Settings,
+    Split,
+    Splits,
+    Task,
+)
 from benchmarks.data.mnist import Digits, load_5k, load_full, split_by_class
 from benchmarks.models import lenet
 from benchmarks.models.lenet import LeNet
+from gradbal.nn import MTAN
 
 __all__ = ["MULTIMNIST", "compose", "source_digits"]
 
@@ -124,6 +135,21 @@ _KIT = Kit(
     channels_last=True,
 )
 
+
+def _attended(tasks: Sequence[str]) -> MTAN:
+    """Masks need images, so that the layer of features is each task's own."""
+    heads = {
+        task: nn.Sequential(nn.Flatten(), nn.Linear(500, 25), nn.ReLU(), nn.Linear(25, 10))
+        for task in tasks
+    }
+    return MTAN(tasks, partial(lenet.convolutions, 10, 20), heads, channels=(10, 20))
+
+
+_MTAN = Architecture(
+    "convolutions of 10 and 20 filters with masks, 25 features for each task",
+    _KIT.finish(_attended),
+)
+
 MULTIMNIST = Benchmark(
     name="multimnist",
     summary="two overlapping digits, one classification task each (LeNet)",
@@ -161,5 +187,5 @@ MULTIMNIST = Benchmark(
     },
     load=_load,
     build=LeNet,
-    architectures=architectures(_KIT),
+    architectures={**architectures(_KIT), "mtan": _MTAN},
 )

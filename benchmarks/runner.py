@@ -198,7 +198,7 @@ def _run(
             description = learner.description
             parameters += learner.parameters
             start = time.perf_counter()
-            learner.prepare(splits.train)
+            learner.prepare(splits)
             train(learner, splits, plan.settings, run.seed, after_step)
             seconds += time.perf_counter() - start
             test.update(evaluate(learner, splits.test))

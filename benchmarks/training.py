@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "Learner",
     "batches",
     "evaluate",
+    "judge",
     "steps_per_epoch",
     "steps_per_run",
     "take",
@@ -71,10 +72,10 @@ class Learner:
         """How many numbers are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def prepare(self, split: Split) -> None:
-        """What the architecture does with the training data before it is trained, if anything."""
+    def prepare(self, splits: Splits) -> None:
+        """What the architecture does with the data before it is trained, if anything."""
         if self.architecture.prepare is not None:
-            self.architecture.prepare(self.model, self.tasks, split, self.settings, self.seed)
+            self.architecture.prepare(self.model, self.tasks, splits, self.settings, self.seed)
 
     @property
     def description(self) -> str:
@@ -191,17 +192,23 @@ def train(
         after_step()
 
 
-@torch.no_grad()
 def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
     """All measures of all the learner's tasks on a split, by task and measure."""
     learner.model.eval()
+    return judge(learner.model, learner.tasks, split)
+
+
+@torch.no_grad()
+def judge(
+    model: Callable[[Tensor], Mapping[str, Tensor]], tasks: Sequence[Task], split: Split
+) -> dict[str, dict[str, float]]:
+    """All measures of these tasks on a split, by task and measure, of what `model` gives."""
     meters = {
-        task.name: {measure.name: measure.meter() for measure in task.measures}
-        for task in learner.tasks
+        task.name: {measure.name: measure.meter() for measure in task.measures} for task in tasks
     }
     for index in torch.split(torch.arange(len(split)), _EVALUATION_BATCH):
         batch = take(split, index)
-        outputs = learner.model(batch.inputs)
+        outputs = model(batch.inputs)
         for task, by_name in meters.items():
             for meter in by_name.values():
                 meter.update(outputs[task], batch.targets[task])

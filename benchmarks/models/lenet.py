@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.benchmark import Network
 
-__all__ = ["LeNet", "heads", "read", "stages"]
+__all__ = ["LeNet", "convolutions", "heads", "read", "stages"]
 
 
 class LeNet(Network):

@@ -40,12 +40,27 @@ def _learner(architecture, method="upgrad", tasks=TINY.tasks):
 def test_every_architecture_trains_every_parameter(name, method):
     learner = _learner(name, method)
     before = {key: value.clone() for key, value in learner.model.named_parameters()}
-    learner.prepare(SPLITS.train)
+    learner.prepare(SPLITS)
     train(learner, SPLITS, SETTINGS, 0, lambda: None)
     still = [k for k, v in learner.model.named_parameters() if torch.equal(v, before[k])]
     assert still == []
     assert set(evaluate(learner, SPLITS.test)) == {"class", "size"}
     assert learner.parameters == sum(p.numel() for p in learner.model.parameters())
+
+
+def test_masks_of_sparse_sharing_are_found_for_each_task():
+    learner = _learner("sparse_sharing")
+    learner.prepare(SPLITS)
+    model = learner.model.model
+    # 30 % of what is left goes in each of at most three rounds.
+    allowed = {round(1 - 0.7**rounds, 1) for rounds in range(4)}
+    assert {round(model.sparsity(task), 1) for task in model.tasks} <= allowed
+    again = _learner("sparse_sharing")
+    for key, value in again.model.named_parameters():
+        assert torch.equal(value, dict(learner.model.named_parameters())[key])  # as it started
+    again.prepare(SPLITS)
+    for task, masks in model.masks.items():
+        assert all(torch.equal(m, again.model.model.masks[task][k]) for k, m in masks.items())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -119,8 +134,10 @@ def test_runs_without_architectures_are_told_apart(tmp_path, tiny):
 def test_what_an_architecture_prepares_comes_before_its_training(tmp_path, tiny, monkeypatch):
     seen = []
 
-    def prepare(model, tasks, split, settings, seed):
-        seen.append((model.training, [t.name for t in tasks], len(split), settings.epochs, seed))
+    def prepare(model, tasks, splits, settings, seed):
+        seen.append(
+            (model.training, [t.name for t in tasks], len(splits.train), settings.epochs, seed)
+        )
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
@@ -212,5 +229,3 @@ def test_a_plan_with_architectures_names_its_rows():
     assert plan.label("sum", "mmoe") == "mmoe sum"
     assert plan.label(SINGLE_TASK, "linear") == SINGLE_TASK
     assert plan.compared == ("hps", "mmoe")
-
-
