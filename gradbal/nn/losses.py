@@ -96,7 +96,7 @@ def class_balanced_softmax(
     """
     logits, _, weights = _check(logits, target, weights, reduction)
     loss = F.cross_entropy(logits, target, weights, ignore_index=ignore_index, reduction="none")
-    return _reduce(loss, target, ignore_index, reduction)
+    return _reduce(loss, target != ignore_index, reduction)
 
 
 def class_balanced_sigmoid(
@@ -159,7 +159,7 @@ def class_balanced_focal(
         loss = loss * torch.exp(gamma * F.logsigmoid(-signed))
     # index_select refuses what is no class; weights[target] would take −1 for the last one.
     weight = weights.index_select(0, target.flatten()).view_as(target)
-    return _reduce(loss.sum(1) * weight * counted, target, None, reduction, counted)
+    return _reduce(loss.sum(1) * weight * counted, counted, reduction)
 
 
 class ClassBalancedLoss(nn.Module):
@@ -279,17 +279,7 @@ def _check(
     return logits, channels, weights.to(logits.dtype)
 
 
-def _reduce(
-    loss: Tensor,
-    target: Tensor,
-    ignore_index: int | None,
-    reduction: str,
-    counted: Tensor | None = None,
-) -> Tensor:
+def _reduce(loss: Tensor, counted: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    if counted is None:
-        counted = target != ignore_index
-    return loss.sum() / counted.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum()
