@@ -6,8 +6,15 @@
 
 from gradbal.nn._base import MultiTaskModel
 from gradbal.nn.hard_parameter_sharing import HardParameterSharing
+from gradbal.nn.learning_to_branch import LearningToBranch
+from gradbal.nn.mtan import MTAN
+from gradbal.nn.sparse_sharing import SparseSharing, find_masks
 
 __all__ = [
+    "MTAN",
     "HardParameterSharing",
+    "LearningToBranch",
     "MultiTaskModel",
+    "SparseSharing",
+    "find_masks",
 ]

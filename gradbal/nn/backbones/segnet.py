@@ -17,8 +17,8 @@ class SegNet(Staged):
     "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image Segmentation", TPAMI 2017,
     https://arxiv.org/abs/1511.00561, as in "End-to-End Multi-Task Learning with Attention", CVPR
     2019, https://arxiv.org/abs/1803.10704, and the papers that compare on it: 2, 2, 3, 3, 3
-    convolutions in the stages down, as many in those up, each with BatchNorm and ReLU; Xavier
-    initialisation. The stages are those down, then those up in reverse.
+    convolutions in the stages down, as many in those up, each with BatchNorm (and so no bias) and
+    ReLU; Xavier initialisation. The stages are those down, then those up in reverse.
 
     Shapes: ``[N, in_channels, H, W]`` to ``[N, widths[0], H, W]``, for H, W ≥ ``2 ** len(widths)``;
     odd sizes come back exactly.
@@ -66,9 +66,8 @@ class SegNet(Staged):
         super().__init__([*downs, *ups], [*widths, *outs[::-1]])
         self.channels = (*widths, *zip(widths[::-1], outs[::-1], strict=True))
         for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module.bias is not None:
+            if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight)
-                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The last stage's output."""
@@ -160,7 +159,7 @@ class Up(nn.Module):
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
