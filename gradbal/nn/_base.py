@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradbal.aggregators._arguments import integer
 from gradbal.nn._names import check_heads, check_known, check_names, module_key
@@ -65,13 +67,20 @@ class MultiTaskModel(nn.Module):
                 f"{type(self).__name__} must have parameters that tasks share, found none: every "
                 "one belongs to a single task"
             )
-        if example is None:
-            return
+        if example is not None:
+            with self._trial():
+                self(example)
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """What runs inside leaves no trace: eval mode, no gradients, the random state put back."""
         modes = {module: module.training for module in self.modules()}
+        # What is drawn for parameters of lazy modules must not be drawn again for others.
+        fork = not any(is_lazy(p) for p in self.parameters())
         self.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng():
-                self(example)
+            with torch.no_grad(), torch.random.fork_rng(enabled=fork):
+                yield
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -108,7 +117,7 @@ class MultiTaskModel(nn.Module):
         """
         if task is None:
             return self._features(x, self.tasks)
-        return self._features(x, (check_known(task, self.tasks),))[task]
+        return self._features(x, (self._known(task),))[task]
 
     def from_features(self, features: Any, task: str | None = None) -> Any:
         """The heads' outputs from what `features(x)` or `features(x, task)` gave.
@@ -117,10 +126,14 @@ class MultiTaskModel(nn.Module):
             ValueError: an unknown task.
         """
         if task is not None:
-            return self._head(check_known(task, self.tasks), features)
+            return self._head(self._known(task), features)
         if isinstance(features, Mapping):
             return {t: self._head(t, features[t]) for t in self.tasks}
         return {t: self._head(t, features) for t in self.tasks}
+
+    def _known(self, task: str) -> str:
+        """The task itself, if it is one."""
+        return check_known(task, self.tasks)
 
     def _head(self, task: str, features: Any) -> Any:
         return run(self.heads[module_key(task)], features, f"the head of task {task!r}")
@@ -138,7 +151,7 @@ class MultiTaskModel(nn.Module):
         Raises:
             ValueError: an unknown task.
         """
-        check_known(task, self.tasks)
+        self._known(task)
         return [p for p, owners in self._owners() if owners == {task}]
 
     def _owners(self) -> list[tuple[nn.Parameter, set[str | None]]]:
@@ -151,8 +164,18 @@ class MultiTaskModel(nn.Module):
             found[p] |= owners or {None}
         return list(found.items())
 
-    def regularization_loss(self) -> Tensor:
-        """What the paper adds to the losses, 0-dimensional; zero where it adds nothing."""
+    def regularization_loss(self, x: Any = None, task: str | None = None) -> Tensor:
+        """What the paper adds to the losses, 0-dimensional; zero where it adds nothing.
+
+        Args:
+            x: the batch, for terms that depend on it.
+            task: only this task's part, to be added to its loss; the parts add up to the whole.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        if task is not None:
+            self._known(task)
         p = next(self.parameters())
         return torch.zeros((), dtype=p.dtype, device=p.device)
 

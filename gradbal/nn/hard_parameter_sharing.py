@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradbal.nn._base import MultiTaskModel
-from gradbal.nn._names import check_known
 from gradbal.nn._stages import Factory, copies, run
 
 __all__ = ["HardParameterSharing"]
@@ -70,6 +69,6 @@ class HardParameterSharing(MultiTaskModel):
             ValueError: an unknown task.
         """
         if task is not None:
-            check_known(task, self.tasks)
+            self._known(task)
         z: Tensor = run(self.encoder, x, "the encoder")
         return z

@@ -12,7 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradbal.nn import HardParameterSharing, MultiTaskModel
+from gradbal.nn import (
+    CGC,
+    MTAN,
+    PLE,
+    CrossStitch,
+    DSelectK,
+    HardParameterSharing,
+    LearningToBranch,
+    MMoE,
+    MultiTaskModel,
+    SparseSharing,
+)
+from gradbal.nn.backbones import SegNet
 
 TASKS = ("a", "b", "c.d")
 IN, WIDTH = 4, 5
@@ -31,6 +43,46 @@ def heads(width: int = WIDTH, tasks: tuple[str, ...] = TASKS) -> dict[str, nn.Mo
     return {task: nn.Linear(width, i + 1) for i, task in enumerate(tasks)}
 
 
+def image_stages() -> nn.Module:
+    """The numbers as an image of 2 × 2, and stages that end in one of 1 × 1."""
+    return nn.ModuleList(
+        [
+            nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1)),
+            nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 2)),
+            nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 1)),
+        ]
+    )
+
+
+class AsImage(nn.Sequential):
+    """The stages of a network, of which the first takes the numbers as an image of 4 × 4."""
+
+    def __init__(self, network: SegNet) -> None:
+        super().__init__(nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Upsample(size=4)), *network)
+        self.channels = (1, *network.channels)
+        self.stem = 1
+
+
+def image_heads(channels: int) -> dict[str, nn.Module]:
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return {task: nn.Sequential(*pool, head) for task, head in heads(channels).items()}
+
+
+def pruned() -> SparseSharing:
+    """Tensors that all tasks use, that only one does, and entries that none does."""
+    model = SparseSharing(TASKS, staged_whole, heads())
+    for task, masks in model.masks.items():
+        for mask in masks.values():
+            mask.copy_(torch.rand(mask.shape) < 0.6)
+        if task != "b":
+            masks["2.0.weight"].fill_(False)
+    return model
+
+
+def staged_whole() -> nn.Module:
+    return nn.Sequential(*staged())
+
+
 def batch(n: int = 6, seed: int = 1) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(n, IN, generator=draw, dtype=torch.float64)
@@ -46,6 +98,61 @@ def losses(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 MODELS: dict[str, Callable[[], MultiTaskModel]] = {
     "HardParameterSharing": lambda: HardParameterSharing(TASKS, encoder, heads()),
+    "CrossStitch": lambda: CrossStitch(TASKS, staged, heads()),
+    "CrossStitch, per channel": lambda: CrossStitch(
+        TASKS, staged, heads(), per_channel=True, channels=[WIDTH, WIDTH]
+    ),
+    "MMoE": lambda: MMoE(TASKS, encoder, heads(), num_experts=3, gate_input_dim=IN),
+    "MMoE, batched": lambda: MMoE(
+        TASKS, encoder, heads(), num_experts=3, gate_input_dim=IN, batched=True
+    ),
+    "MMoE, gate encoder": lambda: MMoE(
+        TASKS, encoder, heads(), num_experts=2, gate_encoder=nn.Linear(IN, 3), gate_input_dim=3
+    ),
+    "CGC": lambda: CGC(
+        TASKS,
+        encoder,
+        heads(),
+        num_shared=2,
+        num_specific={"a": 1, "b": 0, "c.d": 2},
+        gate_input_dim=IN,
+    ),
+    "PLE": lambda: PLE(
+        TASKS,
+        staged,
+        heads(),
+        num_shared=2,
+        num_specific={"a": 1, "b": 0, "c.d": 2},
+        gate_input_dims=[IN, WIDTH, WIDTH],
+    ),
+    "PLE, no shared stream": lambda: PLE(
+        TASKS,
+        staged,
+        heads(),
+        num_shared=1,
+        num_specific=1,
+        shared_stream=False,
+        gate_input_dims=[IN, WIDTH, WIDTH],
+    ),
+    "DSelectK": lambda: DSelectK(TASKS, encoder, heads(), num_experts=4, k=2, entropy=0.1),
+    "DSelectK, per example": lambda: DSelectK(
+        TASKS,
+        encoder,
+        heads(),
+        num_experts=3,
+        k=2,
+        per_example=True,
+        gate_input_dim=IN,
+        entropy=lambda progress: 1 + progress,
+    ),
+    "MTAN": lambda: MTAN(TASKS, image_stages, image_heads(2), channels=[3, 2, 2]),
+    "MTAN, encoder and decoder": lambda: MTAN(
+        TASKS, lambda: AsImage(SegNet((2, 3), in_channels=1)), image_heads(2)
+    ),
+    "LearningToBranch": lambda: LearningToBranch(TASKS, staged, heads(), warmup=0.0),
+    "LearningToBranch, warm-up": lambda: LearningToBranch(TASKS, staged, heads(), warmup=0.5),
+    "SparseSharing": lambda: SparseSharing(TASKS, encoder, heads()),
+    "SparseSharing, pruned": pruned,
 }
 
 
