@@ -138,6 +138,11 @@ class MTAN(MultiTaskModel):
                         f"stage {i} of the encoder must have {c} channels, as `channels` says, "
                         f"found {name} of shape {list(z.shape)}"
                     )
+            if u.shape[2:] != p.shape[2:]:
+                raise ValueError(
+                    f"the last block of stage {i} of the encoder must keep height and width, so "
+                    f"that masks fit, found {list(u.shape[2:])} before and {list(p.shape[2:])} after"
+                )
             found.append((u, p))
         return found
 

@@ -48,7 +48,7 @@ def image_stages() -> nn.Module:
     return nn.ModuleList(
         [
             nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1)),
-            nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 2)),
+            nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 2), nn.Conv2d(3, 2, 1)),
             nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 1)),
         ]
     )
@@ -69,18 +69,23 @@ def image_heads(channels: int) -> dict[str, nn.Module]:
 
 
 def pruned() -> SparseSharing:
-    """Tensors that all tasks use, that only one does, and entries that none does."""
-    model = SparseSharing(TASKS, staged_whole, heads())
+    """A tensor that all tasks use, entries that none does, and a tensor that only one does."""
+    model = SparseSharing(TASKS, Branches, heads())
     for task, masks in model.masks.items():
         for mask in masks.values():
             mask.copy_(torch.rand(mask.shape) < 0.6)
         if task != "b":
-            masks["2.0.weight"].fill_(False)
+            masks["right.weight"].fill_(False)
     return model
 
 
-def staged_whole() -> nn.Module:
-    return nn.Sequential(*staged())
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(IN, WIDTH), nn.Linear(IN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.left(x)) + torch.tanh(self.right(x))
 
 
 def batch(n: int = 6, seed: int = 1) -> Tensor:
@@ -145,7 +150,7 @@ MODELS: dict[str, Callable[[], MultiTaskModel]] = {
         gate_input_dim=IN,
         entropy=lambda progress: 1 + progress,
     ),
-    "MTAN": lambda: MTAN(TASKS, image_stages, image_heads(2), channels=[3, 2, 2]),
+    "MTAN": lambda: MTAN(TASKS, image_stages, image_heads(2), channels=[3, (3, 2), 2]),
     "MTAN, encoder and decoder": lambda: MTAN(
         TASKS, lambda: AsImage(SegNet((2, 3), in_channels=1)), image_heads(2)
     ),
