@@ -119,9 +119,7 @@ def test_warm_up_averages_and_logits_wait():
             model.set_progress(step, 8)
         ys = [x] * 3
         for l in range(2):
-            ys = [
-                sum(model.encoders[k][l](y) for k, y in zip(model.encoders, ys, strict=True)) / 3
-            ] * 3
+            ys = [sum(model.encoders[k][l](ys[0]) for k in model.encoders) / 3] * 3
         outputs = model(x)
         for k, task in zip(model.encoders, TASKS, strict=True):
             expected = model.heads[k](model.encoders[k][2](ys[0]))
@@ -206,11 +204,11 @@ def test_a_run_from_a_checkpoint_is_the_same():
     other = torch.optim.Adam(resumed.parameters(), lr=0.05)
     state, optimizer_state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     resumed.load_state_dict(state)
-    other.load_state_dict(optimizer_state)
+    other.load_state_dict(copy.deepcopy(optimizer_state))
     _trained(resumed, other, range(5, 10))
 
     third = torch.optim.Adam(copied.parameters(), lr=0.05)
-    third.load_state_dict(optimizer_state)
+    third.load_state_dict(copy.deepcopy(optimizer_state))
     _trained(copied, third, range(5, 10))
     for k, v in whole.state_dict().items():
         assert torch.equal(v, resumed.state_dict()[k]), k
