@@ -7,7 +7,6 @@ An entry of `MODELS` is a function without arguments; it returns a model of task
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +160,11 @@ MODELS: dict[str, Callable[[], MultiTaskModel]] = {
 }
 
 
-def make(name: str, **options: Any) -> MultiTaskModel:
-    """The model in float64, always with the same parameters."""
-    torch.manual_seed(3)
-    return MODELS[name]().to(**{"dtype": torch.float64} | options)
+FEATURES = ("HardParameterSharing",)
+"""Models of which one tensor enters all heads."""
+
+
+def make(name: str, *, seed: int = 3, dtype: torch.dtype = torch.float64) -> MultiTaskModel:
+    """The model, always with the same parameters."""
+    torch.manual_seed(seed)
+    return MODELS[name]().to(dtype)
