@@ -27,8 +27,7 @@ def mix(weights: Tensor, outputs: Tensor) -> Tensor:
         `[B, ...]`.
     """
     if weights.dim() == 1:
-        mixed: Tensor = torch.tensordot(weights, outputs, dims=1)
-        return mixed
+        return (weights @ outputs.flatten(1)).view(outputs.shape[1:])
     if outputs.dim() == 3:
         # For vectors several times faster than the product of matrices, for feature maps slower.
         return (weights.t().unsqueeze(2) * outputs).sum(0)

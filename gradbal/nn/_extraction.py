@@ -105,16 +105,17 @@ class ExtractionLayer(nn.Module):
         self.shared_gate = SoftmaxGate(gate_input_dim, total) if mixes_all else None
 
     def forward(
-        self, shared: Any, own: Mapping[str, Any]
+        self, shared: Any, own: Mapping[str, Any], asked: Sequence[str]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the gates make of the experts' outputs.
 
         Args:
             shared: what the shared experts take; None if that is each task's own input.
             own: task → what its own experts and its gate take.
+            asked: tasks whose mixtures are needed.
 
         Returns:
-            The mixture of all experts, None without a gate for it, and each task's mixture.
+            The mixture of all experts, None without a gate for it, and the mixtures asked for.
         """
         common, seen = _Once(self.shared_experts), _Once(partial(vectors, self.gate_encoder))
         specific: dict[str, Tensor] = {}
@@ -124,10 +125,13 @@ class ExtractionLayer(nn.Module):
                 specific[task] = experts(x)
         mixed = {
             task: _mixed(
-                self.gates[module_key(task)](seen(x)),
-                [common(x if shared is None else shared), *_if_any(specific.get(task))],
+                self.gates[module_key(task)](seen(own[task])),
+                [
+                    common(own[task] if shared is None else shared),
+                    *([specific[task]] if task in specific else []),
+                ],
             )
-            for task, x in own.items()
+            for task in asked
         }
         if self.shared_gate is None:
             return None, mixed
@@ -149,10 +153,6 @@ class _Once:
         output = self._function(x)
         self._found.append((x, output))
         return output
-
-
-def _if_any(outputs: Tensor | None) -> list[Tensor]:
-    return [] if outputs is None else [outputs]
 
 
 def _mixed(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -87,7 +87,7 @@ def staged_copies(encoder: Factory, n: int) -> list[list[nn.Module]]:
     return staged
 
 
-def run(module: nn.Module, x: Any, name: str) -> Any:
+def run(module: Callable[[Any], Any], x: Any, name: str) -> Any:
     """`module(x)`; an error of shapes names the module.
 
     Raises:

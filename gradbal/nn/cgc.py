@@ -85,7 +85,7 @@ class CGC(MultiTaskModel):
         self._complete(example)
 
     def _features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
-        return self.layer(x, dict.fromkeys(tasks, x))[1]  # type: ignore[no-any-return]
+        return self.layer(x, dict.fromkeys(tasks, x), tasks)[1]  # type: ignore[no-any-return]
 
     def _own(self, task: str) -> list[str]:
         key = module_key(task)

@@ -175,7 +175,7 @@ class CrossStitch(MultiTaskModel):
             unit = torch.stack([unit[self.tasks.index(task)] for task in asked])
         x = torch.stack(list(streams.values()))
         if unit.dim() == 2:
-            mixed = torch.tensordot(unit, x, dims=1)
+            mixed = (unit @ x.flatten(1)).view(len(asked), *x.shape[1:])
         else:
             mixed = torch.einsum("tjc,jbc...->tbc...", unit, x)
         return dict(zip(asked, mixed.unbind(), strict=True))

@@ -217,7 +217,7 @@ class _Static(_Gate):
         return self.a.new_ones(self.k, 1) if self.z is None else self._selected(self.z)
 
     def forward(self) -> Tensor:
-        return torch.softmax(self.a, dim=0) @ self.selectors()
+        return (torch.softmax(self.a, dim=0).unsqueeze(1) * self.selectors()).sum(0)
 
 
 class _PerExample(_Gate):

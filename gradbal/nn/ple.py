@@ -116,11 +116,15 @@ class PLE(MultiTaskModel):
 
     def _features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         shared: Any = x if self._shared_stream else None
-        streams: dict[str, Any] = dict.fromkeys(self.tasks if self._shared_stream else tasks, x)
-        *lower, last = self.layers
-        for layer in lower:
-            shared, streams = layer(shared, streams)
-        return last(shared, {task: streams[task] for task in tasks})[1]  # type: ignore[no-any-return]
+        # In layers with a shared stream all experts run, and so they need their tasks' streams.
+        mixed = [t for t in self.tasks if t in tasks or (self._shared_stream and self._specific[t])]
+        streams: dict[str, Any] = dict.fromkeys(mixed, x)
+        last = len(self.layers) - 1
+        for l, layer in enumerate(self.layers):
+            if l == last:
+                streams = {task: streams[task] for task in tasks}
+            shared, streams = layer(shared, streams, tasks if l >= last - 1 else mixed)
+        return streams
 
     def _own(self, task: str) -> list[str]:
         key, last = module_key(task), len(self.layers) - 1

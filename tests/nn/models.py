@@ -7,20 +7,23 @@ An entry of `MODELS` is a function without arguments; it returns a model of task
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradbal.nn import (
     CGC,
+    MTAN,
     PLE,
     CrossStitch,
     DSelectK,
     HardParameterSharing,
+    LearningToBranch,
     MMoE,
     MultiTaskModel,
+    SparseSharing,
 )
+from gradbal.nn.backbones import SegNet
 
 TASKS = ("a", "b", "c.d")
 IN, WIDTH = 4, 5
@@ -37,6 +40,51 @@ def staged() -> nn.Module:
 
 def heads(width: int = WIDTH, tasks: tuple[str, ...] = TASKS) -> dict[str, nn.Module]:
     return {task: nn.Linear(width, i + 1) for i, task in enumerate(tasks)}
+
+
+def image_stages() -> nn.Module:
+    """The numbers as an image of 2 × 2, and stages that end in one of 1 × 1."""
+    return nn.ModuleList(
+        [
+            nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1)),
+            nn.Sequential(nn.Tanh(), nn.Conv2d(3, 3, 2), nn.Conv2d(3, 2, 1)),
+            nn.Sequential(nn.Tanh(), nn.Conv2d(2, 2, 1)),
+        ]
+    )
+
+
+class AsImage(nn.Sequential):
+    """The stages of a network, of which the first takes the numbers as an image of 4 × 4."""
+
+    def __init__(self, network: SegNet) -> None:
+        super().__init__(nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Upsample(size=4)), *network)
+        self.channels = (1, *network.channels)
+        self.stem = 1
+
+
+def image_heads(channels: int) -> dict[str, nn.Module]:
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return {task: nn.Sequential(*pool, head) for task, head in heads(channels).items()}
+
+
+def pruned() -> SparseSharing:
+    """A tensor that all tasks use, entries that none does, and a tensor that only one does."""
+    model = SparseSharing(TASKS, Branches, heads())
+    for task, masks in model.masks.items():
+        for mask in masks.values():
+            mask.copy_(torch.rand(mask.shape) < 0.6)
+        if task != "b":
+            masks["right.weight"].fill_(False)
+    return model
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(IN, WIDTH), nn.Linear(IN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.left(x)) + torch.tanh(self.right(x))
 
 
 def batch(n: int = 6, seed: int = 1) -> Tensor:
@@ -101,10 +149,22 @@ MODELS: dict[str, Callable[[], MultiTaskModel]] = {
         gate_input_dim=IN,
         entropy=lambda progress: 1 + progress,
     ),
+    "MTAN": lambda: MTAN(TASKS, image_stages, image_heads(2), channels=[3, (3, 2), 2]),
+    "MTAN, encoder and decoder": lambda: MTAN(
+        TASKS, lambda: AsImage(SegNet((2, 3), in_channels=1)), image_heads(2)
+    ),
+    "LearningToBranch": lambda: LearningToBranch(TASKS, staged, heads(), warmup=0.0),
+    "LearningToBranch, warm-up": lambda: LearningToBranch(TASKS, staged, heads(), warmup=0.5),
+    "SparseSharing": lambda: SparseSharing(TASKS, encoder, heads()),
+    "SparseSharing, pruned": pruned,
 }
 
 
-def make(name: str, **options: Any) -> MultiTaskModel:
-    """The model in float64, always with the same parameters."""
-    torch.manual_seed(3)
-    return MODELS[name]().to(**{"dtype": torch.float64} | options)
+FEATURES = ("HardParameterSharing",)
+"""Models of which one tensor enters all heads."""
+
+
+def make(name: str, *, seed: int = 3, dtype: torch.dtype = torch.float64) -> MultiTaskModel:
+    """The model, always with the same parameters."""
+    torch.manual_seed(seed)
+    return MODELS[name]().to(dtype)
