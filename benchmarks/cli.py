@@ -192,7 +192,7 @@ def _plan(
 
     import gradbal
     from benchmarks.catalog import BENCHMARKS
-    from benchmarks.runner import SINGLE_TASK, Plan
+    from benchmarks.runner import HPS, SINGLE_TASK, Plan
 
     _check_known("NAME", name, list(BENCHMARKS))
     benchmark = BENCHMARKS[name]
@@ -200,6 +200,11 @@ def _plan(
     chosen = tuple(methods or (_WITH_ARCHITECTURES if named else benchmark.methods))
     for method in chosen:
         _check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
+        if set(named) - {HPS} and method != SINGLE_TASK and gradbal.create(method).needs_features:
+            raise BadInput(
+                f"`--methods` must not name {method} beside architectures other than {HPS}, found "
+                f"{' '.join(named)}; it looks at a representation that all tasks share"
+            )
     preset = benchmark.presets["quick" if quick else "full" if full else "default"]
     if epochs is not None:
         preset = replace(preset, settings=replace(preset.settings, epochs=epochs))

@@ -131,6 +131,15 @@ def test_runs_without_architectures_are_told_apart(tmp_path, tiny):
         assert "parameters" not in next(csv.reader(stream))
 
 
+def test_methods_that_look_at_a_common_representation(tmp_path, tiny):
+    options = ("--methods", "mgda_ub", "--seeds", "1", "--out", tmp_path / "out")
+    result = _run("tiny", "--architectures", "hps", "mmoe", *options)
+    assert result.exit_code == 2
+    assert "must not name mgda_ub beside architectures other than hps, found hps" in result.output
+    assert not (tmp_path / "out").exists()
+    assert _run("tiny", "--architectures", "hps", *options).exit_code == 0
+
+
 def test_what_an_architecture_prepares_comes_before_its_training(tmp_path, tiny, monkeypatch):
     seen = []
 
