@@ -153,6 +153,7 @@ class Benchmark:
         build: makes the network with a head for each of the named tasks; its output is a mapping
             from task to output, the same as `outputs(features(inputs))`.
         architectures: by name, what `--architectures` takes; "hps" is among them if there are any.
+        architecture_presets: those of `presets` that are others when architectures are compared.
         note: what the table's heading has to say of these settings, if anything.
     """
 
@@ -166,6 +167,7 @@ class Benchmark:
     load: Callable[[Settings, Path | None], Splits]
     build: Callable[[Sequence[str]], Network]
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    architecture_presets: Mapping[str, Preset] = field(default_factory=dict)
     note: Callable[[Settings], str] = lambda settings: ""
 
     def of(self, architecture: str) -> Architecture:

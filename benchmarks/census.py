@@ -202,14 +202,16 @@ def _note(settings: Settings) -> str:
 
 def _presets(data: str) -> Mapping[str, Preset]:
     half = TEST_ROWS // 2
+    # On validation rows 3e-3 is better than 1e-3 for experts and their gates, and much the same for
+    # shared layers.
     return {
         "default": Preset(
-            Settings(data, TRAIN_ROWS, half, half, epochs=5, batch_size=512, lr=1e-3),
+            Settings(data, TRAIN_ROWS, half, half, epochs=5, batch_size=512, lr=3e-3),
             seeds=3,
             timing_rounds=21,
         ),
         "quick": Preset(
-            Settings(data, 20_000, 5_000, 20_000, epochs=2, batch_size=512, lr=1e-3),
+            Settings(data, 20_000, 5_000, 20_000, epochs=2, batch_size=512, lr=3e-3),
             seeds=1,
             timing_rounds=5,
         ),

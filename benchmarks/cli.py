@@ -205,7 +205,8 @@ def _plan(
                 f"`--methods` must not name {method} beside architectures other than {HPS}, found "
                 f"{' '.join(named)}; it looks at a representation that all tasks share"
             )
-    preset = benchmark.presets["quick" if quick else "full" if full else "default"]
+    presets = {**benchmark.presets, **(benchmark.architecture_presets if named else {})}
+    preset = presets["quick" if quick else "full" if full else "default"]
     if epochs is not None:
         preset = replace(preset, settings=replace(preset.settings, epochs=epochs))
     return Plan(benchmark, preset, chosen, preset.seeds if seeds is None else seeds, named)

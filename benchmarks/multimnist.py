@@ -15,6 +15,7 @@ Note:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -150,6 +151,31 @@ _MTAN = Architecture(
     _KIT.finish(_attended),
 )
 
+_PRESETS = {
+    "default": Preset(
+        Settings("mnist_5k", 20_000, 2_000, 8_000, epochs=4, batch_size=256, lr=2e-3),
+        seeds=3,
+        timing_rounds=20,
+    ),
+    "quick": Preset(
+        Settings("mnist_5k", 2_048, 512, 1_024, epochs=2, batch_size=256, lr=2e-3),
+        seeds=1,
+        timing_rounds=3,
+    ),
+    "full": Preset(
+        Settings("mnist", 120_000, 10_000, 20_000, epochs=10, batch_size=256, lr=1e-3),
+        seeds=5,
+        timing_rounds=50,
+    ),
+}
+
+# In four epochs at 2e-3 experts and their gates are far from done. On validation digits 5e-3 is
+# better for them by points, and for hard sharing by tenths.
+_FASTER = {
+    name: replace(_PRESETS[name], settings=replace(_PRESETS[name].settings, lr=5e-3))
+    for name in ("default", "quick")
+}
+
 MULTIMNIST = Benchmark(
     name="multimnist",
     summary="two overlapping digits, one classification task each (LeNet)",
@@ -168,24 +194,9 @@ MULTIMNIST = Benchmark(
         "nash_mtl",
         "imtl_g",
     ),
-    presets={
-        "default": Preset(
-            Settings("mnist_5k", 20_000, 2_000, 8_000, epochs=4, batch_size=256, lr=2e-3),
-            seeds=3,
-            timing_rounds=20,
-        ),
-        "quick": Preset(
-            Settings("mnist_5k", 2_048, 512, 1_024, epochs=2, batch_size=256, lr=2e-3),
-            seeds=1,
-            timing_rounds=3,
-        ),
-        "full": Preset(
-            Settings("mnist", 120_000, 10_000, 20_000, epochs=10, batch_size=256, lr=1e-3),
-            seeds=5,
-            timing_rounds=50,
-        ),
-    },
+    presets=_PRESETS,
     load=_load,
     build=LeNet,
     architectures={**architectures(_KIT), "mtan": _MTAN},
+    architecture_presets=_FASTER,
 )

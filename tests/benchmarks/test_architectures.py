@@ -233,6 +233,17 @@ def test_architectures_of_a_benchmark_are_of_like_size(name):
     assert max(sizes.values()) < 1.25 * min(sizes.values()), sizes
 
 
+def test_presets_of_architectures(tmp_path, tiny, monkeypatch):
+    quick = tiny.presets["quick"]
+    other = replace(quick, settings=replace(quick.settings, epochs=1))
+    monkeypatch.setitem(BENCHMARKS, "tiny", replace(tiny, architecture_presets={"quick": other}))
+    for words in (["--quick"], ["--quick", "--architectures", "hps"], ["--architectures", "hps"]):
+        _run("tiny", *words, "--seeds", "1", "--methods", "sum", "--out", tmp_path)
+    epochs = [line["settings"]["epochs"] for line in _lines(tmp_path)]
+    # The last one finds the single-task runs of the first.
+    assert epochs == [2, 2, 1, 1, 2]
+
+
 def test_a_plan_with_architectures_names_its_rows():
     plan = Plan(TINY, TINY.presets["default"], ("sum",), 1, ("mmoe",))
     assert plan.label("sum", "mmoe") == "mmoe sum"
