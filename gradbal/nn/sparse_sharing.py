@@ -97,6 +97,8 @@ class SparseSharing(MultiTaskModel):
         saved = self.encoder.state_dict()
         buffers = dict(self.encoder.named_buffers())
         self.task_masks = nn.ModuleDict({module_key(t): _Tensors(ones) for t in self.tasks})
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+        self._look()
         self.task_buffers = nn.ModuleDict(
             {module_key(t): _Tensors(buffers, saved) for t in self.tasks}
         )
@@ -105,26 +107,51 @@ class SparseSharing(MultiTaskModel):
 
     @property
     def masks(self) -> dict[str, dict[str, Tensor]]:
-        """Task → name of the encoder's parameter → its mask, bool; the buffers themselves."""
+        """Task → name of the encoder's parameter → its mask, bool, to read: see `set_masks`."""
         return {task: _tensors(self.task_masks, task) for task in self.tasks}
+
+    @torch.no_grad()
+    def set_masks(self, task: str, masks: Mapping[str, Tensor]) -> None:
+        """Gives a task other masks.
+
+        Args:
+            task: whose.
+            masks: name of the encoder's parameter → bool, of its shape; the others stay.
+
+        Raises:
+            ValueError: an unknown task, no prunable parameter's name, or another shape or type.
+        """
+        found = self.masks[check_known(task, self.tasks)]
+        for name, mask in masks.items():
+            wanted = found[check_known(name, found, "a key of `masks`")]
+            if mask.shape != wanted.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the mask of {name!r} must be bool of shape {list(wanted.shape)}, found "
+                    f"{mask.dtype} of shape {list(mask.shape)}"
+                )
+        for name, mask in masks.items():
+            found[name].copy_(mask)
+        self._look()
+
+    def _look(self) -> None:
+        """Notes whose masks have an entry of which tensors, once, as the device has to be asked."""
+        self._users = {
+            name: {task for task, masks in self.masks.items() if bool(masks[name].any())}
+            for name in self.masks[self.tasks[0]]
+        }
 
     def _own(self, task: str) -> list[str]:
         own = super()._own(task)
         if len(self.tasks) == 1:
             return own  # As everywhere, the encoder of a single task counts as shared.
-        masks = self.masks
-        for name in masks[task]:
-            if [t for t in self.tasks if bool(masks[t][name].any())] == [task]:
-                own.append(f"encoder.{name}")
-        return own
+        return own + [f"encoder.{name}" for name, users in self._users.items() if users == {task}]
 
     def _features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         parameters = dict(self.encoder.named_parameters())
         found = {}
         for task in tasks:
             masked = {
-                # Not a product, where infinite entries and gradients would come through as NaN.
-                name: torch.where(mask, parameters[name], 0.0)
+                name: _masked(parameters[name], mask, used=task in self._users[name])
                 for name, mask in _tensors(self.task_masks, task).items()
             }
             state = masked | _tensors(self.task_buffers, task)
@@ -175,8 +202,9 @@ class SparseSharing(MultiTaskModel):
         left = torch.cat([mask.flatten() for mask in masks.values()])
         left[gone] = False
         parts = torch.split(left, [mask.numel() for mask in masks.values()])
-        for mask, part in zip(masks.values(), parts, strict=True):
-            mask.copy_(part.view_as(mask))
+        self.set_masks(
+            task, {name: part.view_as(masks[name]) for name, part in zip(masks, parts, strict=True)}
+        )
 
     def remember(self) -> None:
         """Makes the state of now the one that `rewind` goes back to.
@@ -273,8 +301,7 @@ def find_masks(
     in_range("fraction", fraction, 0, 1, bounds="()")
     found: dict[str, list[Candidate]] = {}
     for task, masks in model.masks.items():
-        for mask in masks.values():
-            mask.fill_(True)
+        model.set_masks(task, {name: torch.ones_like(mask) for name, mask in masks.items()})
         candidates = []
         best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
         for done in range(rounds + 1):
@@ -290,8 +317,7 @@ def find_masks(
                     best = (score, {name: mask.clone() for name, mask in masks.items()})
             if done < rounds:
                 model.prune(task, fraction)
-        for name, mask in best[1].items():
-            masks[name].copy_(mask)
+        model.set_masks(task, best[1])
         found[task] = candidates
     model.rewind()
     return found
@@ -322,6 +348,18 @@ def _tensors(modules: nn.ModuleDict, task: str) -> dict[str, Tensor]:
     found = modules[module_key(task)]
     assert isinstance(found, _Tensors)
     return found.tensors()
+
+
+def _loaded(model: SparseSharing, keys: Any) -> None:
+    model._look()
+
+
+def _masked(parameter: Tensor, mask: Tensor, *, used: bool) -> Tensor:
+    """A parameter as a task has it; where its mask has nothing, not even connected with it."""
+    if not used:
+        return torch.zeros_like(parameter)
+    # Not a product, where infinite entries and gradients would come through as NaN.
+    return torch.where(mask, parameter, 0.0)
 
 
 def _weights(name: str, parameter: nn.Parameter) -> bool:
