@@ -140,8 +140,8 @@ class MTAN(MultiTaskModel):
                     )
             if u.shape[2:] != p.shape[2:]:
                 raise ValueError(
-                    f"the last block of stage {i} of the encoder must keep height and width, so that "
-                    f"masks fit, found {list(u.shape[2:])} before and {list(p.shape[2:])} after"
+                    f"the last block of stage {i} of the encoder must keep height and width, so "
+                    f"that masks fit, found {list(u.shape[2:])} before, {list(p.shape[2:])} after"
                 )
             found.append((u, p))
         return found
