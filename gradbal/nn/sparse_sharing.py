@@ -154,7 +154,7 @@ class SparseSharing(MultiTaskModel):
                 name: _masked(parameters[name], mask, used=task in self._users[name])
                 for name, mask in _tensors(self.task_masks, task).items()
             }
-            state = masked | _tensors(self.task_buffers, task)
+            state = {**masked, **_tensors(self.task_buffers, task)}
             encoder = partial(functional_call, self.encoder, state)
             found[task] = run(encoder, x, f"the encoder with the mask of task {task!r}")
         return found
@@ -341,7 +341,7 @@ class _Tensors(nn.Module):
             self.register_buffer(self.keys[name], tensor.clone(), persistent=persistent)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(key) for name, key in self.keys.items()}
+        return {name: getattr(self, key) for name, key in self.keys.items()}
 
 
 def _tensors(modules: nn.ModuleDict, task: str) -> dict[str, Tensor]:

@@ -53,13 +53,16 @@ def image_stages() -> nn.Module:
     )
 
 
-class AsImage(nn.Sequential):
-    """The stages of a network, of which the first takes the numbers as an image of 4 × 4."""
+class AsImage(nn.Module):
+    """A network that takes the numbers as an image of 4 × 4."""
 
     def __init__(self, network: SegNet) -> None:
-        super().__init__(nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Upsample(size=4)), *network)
-        self.channels = (1, *network.channels)
-        self.stem = 1
+        super().__init__()
+        self.network = network
+        self.channels = network.channels
+
+    def taps(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return self.network.taps(nn.functional.interpolate(x.view(-1, 1, 2, 2), size=4))
 
 
 def image_heads(channels: int) -> dict[str, nn.Module]:
@@ -99,6 +102,9 @@ def losses(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         task: (y - (-2.0) ** i).square().mean() + 1 for i, (task, y) in enumerate(outputs.items())
     }
 
+
+BREAKS = ("SparseSharing", "SparseSharing, pruned") if torch.__version__ < "2.5" else ()
+"""Models that are compiled in parts: torch 2.4 has no `functional_call` in one graph."""
 
 DRAWS = ("LearningToBranch",)
 """Models whose outputs in training mode are random."""
