@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import gradbal.nn
 from gradbal import info, list_aggregators
 from gradbal.__main__ import differences, filled, main, methods_table
 
@@ -65,3 +66,10 @@ def test_the_code_runs():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_architecture_is_in_the_table():
+    table = README.read_text().partition("\n| `gradbal.nn` |")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted([*found, "MultiTaskModel"]) == sorted(gradbal.nn.__all__)
+    assert all(issubclass(getattr(gradbal.nn, n), gradbal.nn.MultiTaskModel) for n in found)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from gradbal.aggregators._arguments import in_range, one_of
 from gradbal.nn._stages import run
@@ -46,7 +45,8 @@ class Experts(nn.ModuleList):
         batched: whether they run as one. With True they do wherever that is possible: they are
             alike, have no hooks, and no buffers in train mode (such as BatchNorm's statistics,
             which a batched pass could not update), and `torch.compile` is not at work. False: one
-            after another. None: False.
+            after another. None: as False, the stacking of parameters at every pass taking more
+            time on a CPU than it saves.
         name: what they are called in errors.
     """
 
@@ -57,6 +57,11 @@ class Experts(nn.ModuleList):
         self._name = name
         # Whether they are alike, and can be batched; None before the first batched pass.
         self._alike: bool | None = None
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self)[index])
+        return super().__getitem__(index)
 
     def forward(self, x: Any) -> Tensor:
         if self._batched and self._alike is not False and self._can_be_batched():
@@ -92,20 +97,26 @@ class Experts(nn.ModuleList):
     def _can_be_batched(self) -> bool:
         if len(self) < 2 or torch.compiler.is_compiling():
             return False
-        first, *others = self
+        modes = [_modes(expert) for expert in self]
+        if modes[0] is None or any(mode != modes[0] for mode in modes):
+            return False
         if self._alike is None:
+            first, *others = self
             self._alike = all(_alike(first, other) for other in others)
-        return self._alike and all(map(_plain, self))
+        return self._alike
 
 
-def _plain(expert: nn.Module) -> bool:
-    """Whether nothing happens in a pass but the computation of the output."""
+def _modes(expert: nn.Module) -> list[bool] | None:
+    """Whether each module is in train mode; None if a pass does more than compute the output."""
+    modes = []
     for module in expert.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            return False
+        # A lazy module, not initialized yet, has hooks.
+        if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+            return None
         if module.training and module._buffers:
-            return False
-    return True
+            return None
+        modes.append(module.training)
+    return modes
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
@@ -124,8 +135,6 @@ def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 def _kind(named: tuple[str, Tensor]) -> tuple[Any, ...]:
     name, tensor = named
-    if is_lazy(tensor):
-        return (name,)
     return name, tensor.shape, tensor.dtype, tensor.device
 
 

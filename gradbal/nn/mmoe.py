@@ -36,7 +36,8 @@ class MMoE(SharedExperts):
         perturb: noise on the experts' initial parameters, in units of each parameter's root mean
             square. For pretrained encoders, which would all be equal.
         batched: whether the experts run as one, by `torch.func.vmap`: True wherever that is
-            possible, False never, None the faster: never on a CPU.
+            possible, False never. None: never, which took less time for nearly all experts measured
+            on a CPU (`python -m benchmarks speed experts`).
         example: a batch; if given, the model is tried with it.
 
     Raises:

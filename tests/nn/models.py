@@ -1,7 +1,8 @@
 """Every architecture as a small model, for the tests that all go through.
 
-An entry of `MODELS` is a function without arguments; it returns a model of tasks "a", "b" and
-"c.d" with outputs of 1, 2 and 3 numbers, from batches of `batch()`.
+An entry of `MODELS` is a function without arguments; it returns a model of tasks "a", "b" and "c.d"
+with outputs of 1, 2 and 3 numbers, from batches of `batch()`. Each architecture has one entry under
+its name alone, and others for its options under names with a comma.
 """
 
 from __future__ import annotations
@@ -36,6 +37,21 @@ def encoder() -> nn.Module:
 def staged() -> nn.Module:
     """Three stages, of equal width so that they can be compared with each other."""
     return nn.ModuleList(nn.Sequential(nn.Linear(n, WIDTH), nn.Tanh()) for n in (IN, WIDTH, WIDTH))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3)),
+        *(nn.Tanh(), nn.Flatten(), nn.Linear(3, WIDTH)),
+    )
+
+
+def staged_maps() -> nn.Module:
+    """Two stages with feature maps of three channels between them."""
+    return nn.Sequential(
+        nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Tanh()),
+        nn.Sequential(nn.Flatten(), nn.Linear(12, WIDTH)),
+    )
 
 
 def heads(width: int = WIDTH, tasks: tuple[str, ...] = TASKS) -> dict[str, nn.Module]:
@@ -122,6 +138,9 @@ MODELS: dict[str, Callable[[], MultiTaskModel]] = {
     "MMoE, gate encoder": lambda: MMoE(
         TASKS, encoder, heads(), num_experts=2, gate_encoder=nn.Linear(IN, 3), gate_input_dim=3
     ),
+    "MMoE, convolutions": lambda: MMoE(
+        TASKS, convolutional, heads(), num_experts=2, gate_input_dim=IN
+    ),
     "CGC": lambda: CGC(
         TASKS,
         encoder,
@@ -137,6 +156,9 @@ MODELS: dict[str, Callable[[], MultiTaskModel]] = {
         num_shared=2,
         num_specific={"a": 1, "b": 0, "c.d": 2},
         gate_input_dims=[IN, WIDTH, WIDTH],
+    ),
+    "PLE, feature maps": lambda: PLE(
+        TASKS, staged_maps, heads(), num_shared=1, num_specific=1, gate_input_dims=[IN, 3]
     ),
     "PLE, no shared stream": lambda: PLE(
         TASKS,
