@@ -91,7 +91,7 @@ class MTAN(MultiTaskModel):
         pairs = _pairs(getattr(self.encoder, "channels", None) if channels is None else channels)
         self.stem = getattr(self.encoder, "stem", 0) if stem is None else stem
         integer("stem", self.stem)
-        if not callable(getattr(self.encoder, "taps", None)):
+        if getattr(self.encoder, "taps", None) is None:
             _check_stages(stages_of(self.encoder), len(pairs), self.stem)
         elif self.stem or not pairs:
             raise ValueError(
@@ -121,10 +121,10 @@ class MTAN(MultiTaskModel):
         found = self._backbone(x)
         return {task: self._attended(task, found) for task in tasks}
 
-    def _backbone(self, x: Any) -> list[tuple[Tensor, Tensor]]:
+    def _backbone(self, x: Any) -> Sequence[tuple[Tensor, Tensor]]:
         """u and p of the stages behind the stem."""
-        taps = getattr(self.encoder, "taps", self._taps)
-        found: list[tuple[Tensor, Tensor]] = run(taps, x, "the encoder")
+        taps = getattr(self.encoder, "taps", None)
+        found = self._taps(x) if taps is None else run(taps, x, "the encoder")
         for i, (pair, channels) in enumerate(zip(found, self.channels, strict=True), self.stem):
             for name, z, c in zip("up", pair, channels, strict=True):
                 if z.ndim != 4 or z.shape[1] != c:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from gradbal.aggregators._arguments import in_range, integer
 from gradbal.nn._base import MultiTaskModel
@@ -47,11 +48,12 @@ class SparseSharing(MultiTaskModel):
         prunable: whether a parameter of the encoder, given with its name, has masks; None for all
             of two dimensions or more, so that biases and norms are whole, as in the authors' code.
         example: a batch; if given, the model is tried with it (in eval mode, without gradients),
-            so that parts that do not fit are found at once.
+            so that parts that do not fit are found at once. Lazy modules need it.
 
     Raises:
         TypeError: `encoder` is a module and no function, or something is not of its type.
-        ValueError: tasks and heads differ, no parameter is prunable, or parts do not fit.
+        ValueError: tasks and heads differ, no parameter is prunable, parts do not fit, or lazy
+            modules without an example.
 
     Note:
         E runs once for each task: T times the cost of hard parameter sharing.
@@ -83,6 +85,7 @@ class SparseSharing(MultiTaskModel):
     ) -> None:
         super().__init__(tasks, heads)
         (self.encoder,) = copies(encoder, 1)
+        self._initialize_lazy(example)
         chosen = _weights if prunable is None else prunable
         ones = {
             name: torch.ones_like(p, dtype=torch.bool)
@@ -102,8 +105,20 @@ class SparseSharing(MultiTaskModel):
         self.task_buffers = nn.ModuleDict(
             {module_key(t): _Tensors(buffers, saved) for t in self.tasks}
         )
-        self.remember()
         self._complete(example)
+        self.remember()
+
+    def _initialize_lazy(self, example: Any) -> None:
+        """Masks and the initial state take parameters that have shapes."""
+        if not any(is_lazy(p) for p in self.parameters()):
+            return
+        if example is None:
+            raise ValueError(
+                "`example` must be given, a batch, where there are lazy modules, whose parameters "
+                "have no shapes yet that masks could have"
+            )
+        with self._trial():
+            run(self.encoder, example, "the encoder")
 
     @property
     def masks(self) -> dict[str, dict[str, Tensor]]:

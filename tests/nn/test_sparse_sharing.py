@@ -337,6 +337,20 @@ def test_recurrent_networks_are_masked(cell):
         assert bool(g[mask].all())
 
 
+def test_lazy_modules_need_an_example():
+    lazy = {task: nn.LazyLinear(2) for task in TASKS}
+    with pytest.raises(ValueError, match="`example` must be given, a batch, where there are lazy"):
+        SparseSharing(TASKS, encoder, lazy)
+    model = SparseSharing(TASKS, lambda: nn.LazyLinear(5), lazy, example=torch.zeros(2, IN))
+    assert model.masks["a"]["weight"].shape == (5, IN)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    model.rewind()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_what_is_prunable():
     assert set(sparse().masks["a"]) == {"0.weight", "3.weight"}
     model = sparse(prunable=lambda name, p: name.startswith("3"))
