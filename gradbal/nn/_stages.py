@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,8 +88,12 @@ def staged_copies(encoder: Factory, n: int) -> list[list[nn.Module]]:
     return staged
 
 
+_ABOUT_INPUT = re.compile("shape|size|dimension|channel|dtype|expected|must match", re.IGNORECASE)
+"""In the messages of torch's errors about tensors that do not fit."""
+
+
 def run(module: Callable[[Any], Any], x: Any, name: str) -> Any:
-    """`module(x)`; an error of shapes names the module.
+    """`module(x)`; an error about what it gets names the module.
 
     Raises:
         ValueError: the module does not take such a tensor.
@@ -97,9 +102,9 @@ def run(module: Callable[[Any], Any], x: Any, name: str) -> Any:
         return module(x)
     try:
         return module(x)
-    except RuntimeError as error:
-        # Kinds of their own, such as memory that ran out, are not about the input.
-        if type(error) is not RuntimeError:
+    except (RuntimeError, ValueError, IndexError) as error:
+        # A device that fails, or whose memory ran out, is not about the input.
+        if isinstance(error, RuntimeError) and not _ABOUT_INPUT.search(str(error)):
             raise
         raise ValueError(f"{name} must fit its input, found {_described(x)}: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,10 @@ class MTAN(MultiTaskModel):
 
     Args:
         tasks: names, in the order of the outputs.
-        encoder: function that returns the staged backbone; called once. A stage is an
-            `nn.Sequential` of at least two blocks, or has a method `tap(x)` that gives u, p and
-            what the next stage gets, as the stages of `gradbal.nn.backbones.SegNet`, which has
-            attention on both sides.
+        encoder: function that returns the backbone; called once. Either its stages, an
+            `nn.ModuleList` or `nn.Sequential` of `nn.Sequential`s of at least two blocks each, or a
+            module with a method `taps(x)` that gives u and p of each stage, as
+            `gradbal.nn.backbones.SegNet`, which has attention on both sides.
         heads: task → module h_t.
         channels: of each stage's p, or (of u, of p) where they differ; None if the encoder has them
             as its `channels`, as those of `gradbal.nn.backbones`.
@@ -88,19 +88,17 @@ class MTAN(MultiTaskModel):
         super().__init__(tasks, heads)
         integer("reduction", reduction, 1)
         (self.encoder,) = copies(encoder, 1)
-        stages = stages_of(self.encoder)
+        pairs = _pairs(getattr(self.encoder, "channels", None) if channels is None else channels)
         self.stem = getattr(self.encoder, "stem", 0) if stem is None else stem
         integer("stem", self.stem)
-        if self.stem >= len(stages):
+        if getattr(self.encoder, "taps", None) is None:
+            _check_stages(stages_of(self.encoder), len(pairs), self.stem)
+        elif self.stem or not pairs:
             raise ValueError(
-                f"`stem` must leave at least one of the encoder's {len(stages)} stages, found "
-                f"{self.stem}"
+                "`stem` must be 0, and `channels` not empty, for an encoder with a method `taps`, "
+                f"found {self.stem} and {len(pairs)} entries"
             )
-        for i, stage in enumerate(stages[self.stem :], self.stem):
-            _check_splits(stage, i)
-        self.channels = _pairs(
-            getattr(self.encoder, "channels", None) if channels is None else channels, len(stages)
-        )[self.stem :]
+        self.channels = pairs[self.stem :]
         make = _convolution if transfer is None else transfer
         self.transfers = nn.ModuleList(
             make(p, after) for (_, p), (_, after) in pairwise(self.channels)
@@ -123,27 +121,37 @@ class MTAN(MultiTaskModel):
         found = self._backbone(x)
         return {task: self._attended(task, found) for task in tasks}
 
-    def _backbone(self, x: Any) -> list[tuple[Tensor, Tensor]]:
+    def _backbone(self, x: Any) -> Sequence[tuple[Tensor, Tensor]]:
         """u and p of the stages behind the stem."""
-        stages = stages_of(self.encoder)
-        found = []
-        for i, stage in enumerate(stages):
-            if i < self.stem:
-                x = run(stage, x, f"stage {i} of the encoder")
-                continue
-            u, p, x = _tap(stage, x, i)
-            for name, z, c in zip("up", (u, p), self.channels[i - self.stem], strict=True):
+        taps = getattr(self.encoder, "taps", None)
+        found = self._taps(x) if taps is None else run(taps, x, "the encoder")
+        for i, (pair, channels) in enumerate(zip(found, self.channels, strict=True), self.stem):
+            for name, z, c in zip("up", pair, channels, strict=True):
                 if z.ndim != 4 or z.shape[1] != c:
                     raise ValueError(
                         f"stage {i} of the encoder must have {c} channels, as `channels` says, "
                         f"found {name} of shape {list(z.shape)}"
                     )
+            u, p = pair
             if u.shape[2:] != p.shape[2:]:
                 raise ValueError(
                     f"the last block of stage {i} of the encoder must keep height and width, so "
-                    f"that masks fit, found {list(u.shape[2:])} before and {list(p.shape[2:])} after"
+                    f"that masks fit, found {list(u.shape[2:])} before, {list(p.shape[2:])} after"
                 )
-            found.append((u, p))
+        return found
+
+    def _taps(self, x: Any) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for i, stage in enumerate(cast("nn.Sequential", self.encoder)):
+            if i < self.stem:
+                x = run(stage, x, f"stage {i} of the encoder")
+                continue
+            *blocks, last = cast("nn.Sequential", stage)
+            for k, block in enumerate(blocks):
+                x = run(block, x, f"block {k} of stage {i} of the encoder")
+            p = run(last, x, f"the last block of stage {i} of the encoder")
+            found.append((x, p))
+            x = p
         return found
 
     def _attended(self, task: str, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -161,22 +169,27 @@ class MTAN(MultiTaskModel):
         return attended
 
 
-def _check_splits(stage: nn.Module, i: int) -> None:
-    if isinstance(stage, nn.Sequential):
-        if len(stage) > 1:
-            return
-        found = f"one of {len(stage)}"
-    elif callable(getattr(stage, "tap", None)):
-        return
-    else:
-        found = type(stage).__name__
-    raise ValueError(
-        f"stage {i} of the encoder must be an nn.Sequential of at least two blocks, or have a "
-        f"method `tap`, for attention to look at what comes before its last block, found {found}"
-    )
+def _check_stages(stages: Sequence[nn.Module], n: int, stem: int) -> None:
+    if len(stages) != n:
+        raise ValueError(
+            f"`channels` must have one entry for each of the encoder's {len(stages)} stages, "
+            f"found {n}"
+        )
+    if stem >= n:
+        raise ValueError(
+            f"`stem` must leave at least one of the encoder's {n} stages, found {stem}"
+        )
+    for i, stage in enumerate(stages[stem:], stem):
+        if isinstance(stage, nn.Sequential) and len(stage) > 1:
+            continue
+        found = f"one of {len(stage)}" if isinstance(stage, nn.Sequential) else type(stage).__name__
+        raise ValueError(
+            f"stage {i} of the encoder must be an nn.Sequential of at least two blocks, as "
+            f"attention looks at what comes before the last one, found {found}"
+        )
 
 
-def _pairs(channels: Any, n: int) -> list[tuple[int, int]]:
+def _pairs(channels: Any) -> list[tuple[int, int]]:
     """The channels of u and p at each stage."""
     if channels is None:
         raise ValueError(
@@ -184,29 +197,12 @@ def _pairs(channels: Any, n: int) -> list[tuple[int, int]]:
             "attribute of that name"
         )
     pairs = [c if isinstance(c, tuple) else (c, c) for c in channels]
-    if len(pairs) != n:
-        raise ValueError(
-            f"`channels` must have one entry for each of the encoder's {n} stages, found "
-            f"{len(pairs)}"
-        )
     for pair in pairs:
         if len(pair) != 2:
             raise ValueError(f"`channels` must be numbers or pairs of them, found {pair}")
         for c in pair:
             integer("channels", c, 1)
     return pairs
-
-
-def _tap(stage: nn.Module, x: Any, i: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What attention looks at, what it masks, and what the next stage gets."""
-    if not isinstance(stage, nn.Sequential):
-        tap: Callable[[Any], tuple[Tensor, Tensor, Tensor]] = stage.tap  # type: ignore[assignment]
-        return tap(x)
-    *blocks, last = stage
-    for k, block in enumerate(blocks):
-        x = run(block, x, f"block {k} of stage {i} of the encoder")
-    p = run(last, x, f"the last block of stage {i} of the encoder")
-    return x, p, p
 
 
 def _mask(in_channels: int, middle: int, out_channels: int) -> nn.Sequential:

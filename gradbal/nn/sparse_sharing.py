@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from gradbal.aggregators._arguments import in_range, integer
 from gradbal.nn._base import MultiTaskModel
@@ -47,11 +48,12 @@ class SparseSharing(MultiTaskModel):
         prunable: whether a parameter of the encoder, given with its name, has masks; None for all
             of two dimensions or more, so that biases and norms are whole, as in the authors' code.
         example: a batch; if given, the model is tried with it (in eval mode, without gradients),
-            so that parts that do not fit are found at once.
+            so that parts that do not fit are found at once. Lazy modules need it.
 
     Raises:
         TypeError: `encoder` is a module and no function, or something is not of its type.
-        ValueError: tasks and heads differ, no parameter is prunable, or parts do not fit.
+        ValueError: tasks and heads differ, no parameter is prunable, parts do not fit, or lazy
+            modules without an example.
 
     Note:
         E runs once for each task: T times the cost of hard parameter sharing.
@@ -83,6 +85,7 @@ class SparseSharing(MultiTaskModel):
     ) -> None:
         super().__init__(tasks, heads)
         (self.encoder,) = copies(encoder, 1)
+        self._initialize_lazy(example)
         chosen = _weights if prunable is None else prunable
         ones = {
             name: torch.ones_like(p, dtype=torch.bool)
@@ -97,37 +100,76 @@ class SparseSharing(MultiTaskModel):
         saved = self.encoder.state_dict()
         buffers = dict(self.encoder.named_buffers())
         self.task_masks = nn.ModuleDict({module_key(t): _Tensors(ones) for t in self.tasks})
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+        self._look()
         self.task_buffers = nn.ModuleDict(
             {module_key(t): _Tensors(buffers, saved) for t in self.tasks}
         )
-        self.remember()
         self._complete(example)
+        self.remember()
+
+    def _initialize_lazy(self, example: Any) -> None:
+        """Masks and the initial state take parameters that have shapes."""
+        if not any(is_lazy(p) for p in self.parameters()):
+            return
+        if example is None:
+            raise ValueError(
+                "`example` must be given, a batch, where there are lazy modules, whose parameters "
+                "have no shapes yet that masks could have"
+            )
+        with self._trial():
+            run(self.encoder, example, "the encoder")
 
     @property
     def masks(self) -> dict[str, dict[str, Tensor]]:
-        """Task → name of the encoder's parameter → its mask, bool; the buffers themselves."""
+        """Task → name of the encoder's parameter → its mask, bool, to read: see `set_masks`."""
         return {task: _tensors(self.task_masks, task) for task in self.tasks}
+
+    @torch.no_grad()
+    def set_masks(self, task: str, masks: Mapping[str, Tensor]) -> None:
+        """Gives a task other masks.
+
+        Args:
+            task: whose.
+            masks: name of the encoder's parameter → bool, of its shape; the others stay.
+
+        Raises:
+            ValueError: an unknown task, no prunable parameter's name, or another shape or type.
+        """
+        found = self.masks[check_known(task, self.tasks)]
+        for name, mask in masks.items():
+            wanted = found[check_known(name, found, "a key of `masks`")]
+            if mask.shape != wanted.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the mask of {name!r} must be bool of shape {list(wanted.shape)}, found "
+                    f"{mask.dtype} of shape {list(mask.shape)}"
+                )
+        for name, mask in masks.items():
+            found[name].copy_(mask)
+        self._look()
+
+    def _look(self) -> None:
+        """Notes whose masks have an entry of which tensors, once, as the device has to be asked."""
+        self._users = {
+            name: {task for task, masks in self.masks.items() if bool(masks[name].any())}
+            for name in self.masks[self.tasks[0]]
+        }
 
     def _own(self, task: str) -> list[str]:
         own = super()._own(task)
         if len(self.tasks) == 1:
             return own  # As everywhere, the encoder of a single task counts as shared.
-        masks = self.masks
-        for name in masks[task]:
-            if [t for t in self.tasks if bool(masks[t][name].any())] == [task]:
-                own.append(f"encoder.{name}")
-        return own
+        return own + [f"encoder.{name}" for name, users in self._users.items() if users == {task}]
 
     def _features(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
         parameters = dict(self.encoder.named_parameters())
         found = {}
         for task in tasks:
             masked = {
-                # Not a product, where infinite entries and gradients would come through as NaN.
-                name: torch.where(mask, parameters[name], 0.0)
+                name: _masked(parameters[name], mask, used=task in self._users[name])
                 for name, mask in _tensors(self.task_masks, task).items()
             }
-            state = masked | _tensors(self.task_buffers, task)
+            state = {**masked, **_tensors(self.task_buffers, task)}
             encoder = partial(functional_call, self.encoder, state)
             found[task] = run(encoder, x, f"the encoder with the mask of task {task!r}")
         return found
@@ -175,8 +217,9 @@ class SparseSharing(MultiTaskModel):
         left = torch.cat([mask.flatten() for mask in masks.values()])
         left[gone] = False
         parts = torch.split(left, [mask.numel() for mask in masks.values()])
-        for mask, part in zip(masks.values(), parts, strict=True):
-            mask.copy_(part.view_as(mask))
+        self.set_masks(
+            task, {name: part.view_as(masks[name]) for name, part in zip(masks, parts, strict=True)}
+        )
 
     def remember(self) -> None:
         """Makes the state of now the one that `rewind` goes back to.
@@ -273,8 +316,7 @@ def find_masks(
     in_range("fraction", fraction, 0, 1, bounds="()")
     found: dict[str, list[Candidate]] = {}
     for task, masks in model.masks.items():
-        for mask in masks.values():
-            mask.fill_(True)
+        model.set_masks(task, {name: torch.ones_like(mask) for name, mask in masks.items()})
         candidates = []
         best: tuple[float, dict[str, Tensor]] = (-math.inf, {})
         for done in range(rounds + 1):
@@ -290,8 +332,7 @@ def find_masks(
                     best = (score, {name: mask.clone() for name, mask in masks.items()})
             if done < rounds:
                 model.prune(task, fraction)
-        for name, mask in best[1].items():
-            masks[name].copy_(mask)
+        model.set_masks(task, best[1])
         found[task] = candidates
     model.rewind()
     return found
@@ -315,13 +356,25 @@ class _Tensors(nn.Module):
             self.register_buffer(self.keys[name], tensor.clone(), persistent=persistent)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(key) for name, key in self.keys.items()}
+        return {name: getattr(self, key) for name, key in self.keys.items()}
 
 
 def _tensors(modules: nn.ModuleDict, task: str) -> dict[str, Tensor]:
     found = modules[module_key(task)]
     assert isinstance(found, _Tensors)
     return found.tensors()
+
+
+def _loaded(model: SparseSharing, keys: Any) -> None:
+    model._look()
+
+
+def _masked(parameter: Tensor, mask: Tensor, *, used: bool) -> Tensor:
+    """A parameter as a task has it; where its mask has nothing, not even connected with it."""
+    if not used:
+        return torch.zeros_like(parameter)
+    # Not a product, where infinite entries and gradients would come through as NaN.
+    return torch.where(mask, parameter, 0.0)
 
 
 def _weights(name: str, parameter: nn.Parameter) -> bool:

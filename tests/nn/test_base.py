@@ -136,13 +136,34 @@ def test_an_example_leaves_no_trace():
     assert not made[1].training
 
 
-def test_errors_of_other_kinds_stay_what_they_are():
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("none left"), RuntimeError("CUDA error: unspecified")]
+)
+def test_errors_of_other_kinds_stay_what_they_are(error):
     class Broken(nn.Linear):
         def forward(self, x):
-            raise torch.cuda.OutOfMemoryError("none left")
+            raise error
 
-    with pytest.raises(torch.cuda.OutOfMemoryError, match="none left"):
+    with pytest.raises(type(error)) as caught:
         hps(encoder=lambda: Broken(IN, WIDTH))(torch.zeros(2, IN))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("encoder", "x"),
+    [
+        (lambda: nn.Conv2d(1, 2, 3), torch.zeros(2, 3, 5, 5)),
+        (lambda: nn.Linear(IN, 2), torch.zeros(2, IN, dtype=torch.float64)),
+        (lambda: nn.BatchNorm1d(2), torch.zeros(2)),
+        (lambda: nn.Embedding(2, 3), torch.tensor([2])),
+    ],
+)
+def test_errors_about_inputs_name_the_module(encoder, x):
+    with pytest.raises(
+        ValueError, match="the encoder must fit its input, found a tensor"
+    ) as caught:
+        hps(encoder=encoder)(x)
+    assert str(caught.value.__cause__) in str(caught.value)
 
 
 def test_stages():

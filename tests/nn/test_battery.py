@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gradbal
 from tests.drive import DRIVERS, EPOCH, Call, Driver
 from tests.gradients import assert_gradients, expected, shared_names, task_gradients
-from tests.nn.models import FEATURES, MODELS, TASKS, batch, losses, make
+from tests.nn.models import BREAKS, DRAWS, FEATURES, MODELS, TASKS, batch, losses, make
 
 every = pytest.mark.parametrize("name", MODELS)
 
@@ -36,7 +36,7 @@ def total_losses(model: Any, x: Tensor) -> dict[str, Tensor]:
 @every
 def test_outputs(name):
     model, x = make(name), batch()
-    for mode in (True, False):
+    for mode in (True, False)[name in DRAWS :]:
         model.train(mode)
         outputs = model(x)
         assert list(outputs) == list(TASKS)
@@ -92,6 +92,22 @@ def test_no_parameter_is_dead_and_each_belongs_to_who_reaches_it(name):
 
 
 @every
+def test_the_same_parameters_are_shared_when_each_task_has_its_own_batch(name):
+    model = make(name)
+    batches = [batch(6, seed) for seed in range(len(TASKS))]
+
+    def own_losses(twin):
+        return [
+            twin(x, task=task).square().mean() + twin.regularization_loss(x, task)
+            for task, x in zip(TASKS, batches, strict=True)
+        ]
+
+    rows, _ = task_gradients(model, own_losses)
+    assert set(shared_names(rows)) == set(names_of(model, model.shared_parameters()))
+    assert {n for row in rows for n in row} == {n for n, _ in model.named_parameters()}
+
+
+@every
 def test_a_state_dict_makes_another_model_the_same(name):
     model, x = make(name).eval(), batch()
     model.set_progress(3, 4)
@@ -115,8 +131,7 @@ def test_evaluation_is_deterministic_and_leaves_no_trace(name):
         assert torch.equal(first[task], second[task])
         assert not first[task].requires_grad
     assert torch.equal(torch.get_rng_state(), state)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
 
 
 @every
@@ -136,14 +151,15 @@ def test_training_mode_works_without_gradients(name):
 def test_copies_are_independent(name):
     model, x = make(name), batch()
     model(x)
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model.eval())
+    before, copied = model(x), twin(x)
     with torch.no_grad():
         for p in twin.parameters():
             p.add_(1)
-    fresh = make(name)
-    for task, y in model.eval()(x).items():
-        assert torch.equal(y, fresh.eval()(x)[task])
-        assert not torch.equal(y, twin.eval()(x)[task])
+    for task, y in model(x).items():
+        assert torch.equal(y, before[task])
+        assert torch.equal(y, copied[task])
+        assert not torch.equal(y, twin(x)[task])
 
 
 @every
@@ -162,7 +178,7 @@ def test_regularization_adds_up_over_the_tasks(name):
 def test_autocast(name):
     model = make(name, dtype=torch.float32)
     x = batch().float()
-    want = model(x)
+    want = copy.deepcopy(model)(x)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(x)
         total = sum(total_losses(model, x).values())
@@ -179,7 +195,7 @@ def test_autocast(name):
 def test_compiled_in_one_graph(name):
     torch._dynamo.reset()
     model, twin, x = make(name), make(name), batch()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=name not in BREAKS)
     for _ in range(2):
         sums = []
         for used, origin in ((compiled, model), (twin, twin)):
@@ -250,7 +266,7 @@ class OfModel(Driver):
 
 
 @pytest.mark.parametrize("method", gradbal.list_aggregators())
-@every
+@pytest.mark.parametrize("name", [name for name in MODELS if "," not in name])
 def test_every_method_trains_it(name, method):
     if gradbal.create(method).needs_features and name not in FEATURES:
         assert isinstance(make(name).features(batch()), dict)

@@ -190,9 +190,7 @@ def test_wrong_arguments(options, message):
 
 def test_the_last_block_keeps_the_size():
     encoder = lambda: nn.Sequential(nn.Sequential(block(2, 3), block(3, 3, 2)))  # noqa: E731
-    with pytest.raises(
-        ValueError, match=r"must keep height and width.*\[8, 8\] before and \[4, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"must keep height and width.*\[8, 8\] before, \[4, 4\]"):
         mtan(encoder=encoder, channels=[3], stem=0, example=torch.zeros(1, 2, 8, 8))
 
 

@@ -83,7 +83,9 @@ def test_gradients_are_those_of_the_masked_network_with_exact_zeros():
 def test_masks_stop_what_is_not_finite():
     model = sparse(Branches)
     weight = model.encoder.right.weight
-    model.masks["a"]["right.weight"][1, 2] = False
+    mask = torch.ones(WIDTH, IN, dtype=torch.bool)
+    mask[1, 2] = False
+    model.set_masks("a", {"right.weight": mask})
     with torch.no_grad():
         weight[1, 2] = torch.inf
     y = model(batch(), task="a")
@@ -250,22 +252,49 @@ def test_pruned_networks_learn():
 
 def test_what_is_shared():
     model = sparse(Branches)
-    masks = model.masks
-    encoder = model.encoder
+    left, right = model.encoder.left.weight, model.encoder.right.weight
+    nothing = torch.zeros(WIDTH, IN, dtype=torch.bool)
     for task in ("a", "c.d"):
-        masks[task]["right.weight"].fill_(False)
-    assert any(p is encoder.right.weight for p in model.task_parameters("b"))
-    assert not any(p is encoder.right.weight for p in model.shared_parameters())
+        model.set_masks(task, {"right.weight": nothing})
+    assert any(p is right for p in model.task_parameters("b"))
+    assert not any(p is right for p in model.shared_parameters())
+    assert torch.autograd.grad(model(batch(), "a").sum(), right, allow_unused=True) == (None,)
+    copied = sparse(Branches)
+    copied.load_state_dict(model.state_dict())
+    assert any(p is copied.encoder.right.weight for p in copied.task_parameters("b"))
     # One entry each, and not the same one.
-    masks["a"]["right.weight"][0, 0] = True
-    masks["b"]["right.weight"][0, 0] = False
-    assert any(p is encoder.right.weight for p in model.shared_parameters())
+    one, others = nothing.clone(), ~nothing
+    one[0, 0], others[0, 0] = True, False
+    model.set_masks("a", {"right.weight": one})
+    model.set_masks("b", {"right.weight": others})
+    assert any(p is right for p in model.shared_parameters())
     for task in TASKS:
-        masks[task]["left.weight"].fill_(False)
+        model.set_masks(task, {"left.weight": nothing})
     shared = model.shared_parameters()
-    assert any(p is encoder.left.weight for p in shared)
-    parts = [shared, *map(model.task_parameters, TASKS)]
-    assert sorted(id(p) for part in parts for p in part) == sorted(map(id, model.parameters()))
+    assert any(p is left for p in shared)
+    found = [p for part in (shared, *map(model.task_parameters, TASKS)) for p in part]
+    assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
+
+
+def test_masks_are_set_all_or_none():
+    model = sparse(Branches)
+    good = torch.zeros(WIDTH, IN, dtype=torch.bool)
+    for wrong, message in (
+        (
+            {"left.weight": good, "right.weight": good.T},
+            r"bool of shape \[5, 4\], found .*\[4, 5\]",
+        ),
+        ({"left.weight": good, "right.weight": good.double()}, "found torch.float64 of shape"),
+        ({"left.weight": good, "right.bias": good}, "a key of `masks` must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_masks("a", wrong)
+        assert bool(left(model, "a").all())
+    with pytest.raises(ValueError, match="found 'aa'"):
+        model.set_masks("aa", {"left.weight": good})
+    model.set_masks("a", {"left.weight": good})
+    assert model.sparsity("a") == 0.5
+    assert float(model.overlap()) == 0.5
 
 
 def test_running_statistics_are_each_task_s_own():
@@ -306,6 +335,20 @@ def test_recurrent_networks_are_masked(cell):
         g = model.encoder.get_parameter(name).grad
         assert not g[~mask].any()
         assert bool(g[mask].all())
+
+
+def test_lazy_modules_need_an_example():
+    lazy = {task: nn.LazyLinear(2) for task in TASKS}
+    with pytest.raises(ValueError, match="`example` must be given, a batch, where there are lazy"):
+        SparseSharing(TASKS, encoder, lazy)
+    model = SparseSharing(TASKS, lambda: nn.LazyLinear(5), lazy, example=torch.zeros(2, IN))
+    assert model.masks["a"]["weight"].shape == (5, IN)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    model.rewind()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_what_is_prunable():

@@ -1,6 +1,7 @@
 """An encoder that is its stages, one after another, and knows its channels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,3 +24,7 @@ class Staged(nn.Sequential):
         super().__init__(*stages)
         self.channels: tuple[int | tuple[int, int], ...] = tuple(channels)
         self.stem = stem
+
+    def __getitem__(self, index: Any) -> Any:
+        """A stage, or for a slice some of them as an `nn.Sequential`, which knows no channels."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]

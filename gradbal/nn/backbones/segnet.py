@@ -69,20 +69,29 @@ class SegNet(Staged):
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_normal_(module.weight)
 
+    def taps(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each stage what attention looks at, and what it masks.
+
+        The former are the first convolution's output and the unpooled input, the latter the last
+        convolution's outputs.
+        """
+        places: list[tuple[Tensor, Sequence[int]]] = []
+        found: list[tuple[Tensor, Tensor]] = []
+        for stage in self:
+            if isinstance(stage, Down):
+                u, p = stage.convolved(x)
+                x, indices = _pooled(p)
+                places.append((indices, p.shape[-2:]))
+            else:
+                assert isinstance(stage, Up)
+                u = _unpooled(x, *places.pop())
+                x = p = stage.convolutions(u)
+            found.append((u, p))
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
         """The last stage's output."""
-        stages = list(self)
-        half = len(stages) // 2
-        places = []
-        for down in stages[:half]:
-            assert isinstance(down, Down)
-            p = down.convolved(x)[1]
-            x, indices = _pooled(p)
-            places.append((indices, p.shape[-2:]))
-        for up in stages[half:]:
-            assert isinstance(up, Up)
-            x = up.convolved(_unpooled(x, *places.pop()))
-        return x
+        return self.taps(x)[-1][1]
 
 
 class Down(nn.Module):
@@ -106,16 +115,12 @@ class Down(nn.Module):
         u = self.first(x)
         return u, self.rest(u)
 
-    def tap(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention looks at, what it masks, and the output."""
-        u, p = self.convolved(x)
-        pooled, indices = _pooled(p)
-        self.places = (indices, p.shape[-2:])
-        return u, p, pooled
-
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to ``[N, C', H // 2, W // 2]``."""
-        return self.tap(x)[2]
+        _, p = self.convolved(x)
+        pooled, indices = _pooled(p)
+        self.places = (indices, p.shape[-2:])
+        return pooled
 
 
 class Up(nn.Module):
@@ -136,25 +141,15 @@ class Up(nn.Module):
         # In a tuple it is no submodule: its parameters are not this stage's.
         self.partner = (down,)
 
-    def convolved(self, u: Tensor) -> Tensor:
-        """The output from the unpooled input."""
-        p: Tensor = self.convolutions(u)
-        return p
-
-    def tap(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention looks at, what it masks, and the output."""
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H // 2, W // 2]`` to ``[N, C', H, W]``."""
         places = self.partner[0].places
         if places is None:
             raise RuntimeError(
                 "a stage up must run after its stage down, which knows where the maxima were"
             )
-        u = _unpooled(x, *places)
-        p = self.convolved(u)
-        return u, p, p
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H // 2, W // 2]`` to ``[N, C', H, W]``."""
-        return self.tap(x)[2]
+        p: Tensor = self.convolutions(_unpooled(x, *places))
+        return p
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
