@@ -29,7 +29,7 @@ from gradbal.nn import (
     find_masks,
 )
 
-__all__ = ["Kit", "Part", "architectures", "hard_sharing"]
+__all__ = ["Kit", "Part", "architectures"]
 
 
 @dataclass(frozen=True)
@@ -84,22 +84,15 @@ def _finished(
     return network.to(memory_format=torch.channels_last) if kit.channels_last else network
 
 
-def hard_sharing(kit: Kit) -> Architecture:
-    """One encoder, a head for each task."""
-    part = kit.whole
-    return Architecture(
-        f"one encoder, {part.size}",
-        kit.finish(lambda tasks: HardParameterSharing(tasks, part.stages, part.heads(tasks))),
-    )
-
-
 def architectures(kit: Kit) -> dict[str, Architecture]:
     """Those that fit encoders of any kind, by the name that `--architectures` takes."""
     whole, half, expert, n = kit.whole, kit.half, kit.expert, kit.experts
     own = f"an encoder for each task, {half.size}"
-    sizes = f"{expert.size}"
     return {
-        "hps": hard_sharing(kit),
+        "hps": Architecture(
+            f"one encoder, {whole.size}",
+            kit.finish(lambda tasks: HardParameterSharing(tasks, whole.stages, whole.heads(tasks))),
+        ),
         "cross_stitch": Architecture(
             f"{own}, mixed after each stage",
             kit.finish(lambda tasks: CrossStitch(tasks, half.stages, half.heads(tasks))),
@@ -109,7 +102,7 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
             kit.finish(lambda tasks: LearningToBranch(tasks, half.stages, half.heads(tasks))),
         ),
         "mmoe": Architecture(
-            f"{n} experts, {sizes}",
+            f"{n} experts, {expert.size}",
             kit.finish(
                 lambda tasks: MMoE(
                     tasks,
@@ -122,7 +115,7 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
             ),
         ),
         "cgc": Architecture(
-            f"{n // 2} shared experts and {n // 4} for each task, {sizes}",
+            f"{n // 2} shared experts and {n // 4} for each task, {expert.size}",
             kit.finish(
                 lambda tasks: CGC(
                     tasks,
@@ -136,7 +129,7 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
             ),
         ),
         "ple": Architecture(
-            f"the same experts, with gates after each stage, {sizes}",
+            f"the same experts, with gates after each stage, {expert.size}",
             kit.finish(
                 lambda tasks: PLE(
                     tasks,
@@ -150,7 +143,7 @@ def architectures(kit: Kit) -> dict[str, Architecture]:
             ),
         ),
         "dselect_k": Architecture(
-            f"{n} experts, of which each task selects {kit.selected}, {sizes}",
+            f"{n} experts, of which each task selects {kit.selected}, {expert.size}",
             kit.finish(
                 lambda tasks: DSelectK(
                     tasks, expert.stages, expert.heads(tasks), num_experts=n, k=kit.selected
