@@ -116,7 +116,7 @@ def _part(first: int, second: int, features: int) -> Part:
     return Part(
         partial(lenet.stages, first, second, features),
         lambda tasks: lenet.heads(tasks, features),
-        f"LeNets of {first} and {second} filters and {features} features",
+        f"{first} and {second} filters, {features} features",
     )
 
 
@@ -147,7 +147,7 @@ def _attended(tasks: Sequence[str]) -> MTAN:
 
 
 _MTAN = Architecture(
-    "convolutions of 10 and 20 filters with masks, 25 features for each task",
+    "one encoder, 10 and 20 filters, with masks and 25 features for each task",
     _KIT.finish(_attended),
 )
 

@@ -233,6 +233,37 @@ def test_architectures_of_a_benchmark_are_of_like_size(name):
     assert max(sizes.values()) < 1.25 * min(sizes.values()), sizes
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs", "shape"),
+    [
+        ("census", torch.zeros(5, 39), (5,)),
+        ("census_education", torch.zeros(5, 38), (5,)),
+        ("multimnist", torch.zeros(5, 1, 36, 36, dtype=torch.uint8), (5, 10)),
+    ],
+)
+def test_architectures_take_a_benchmarks_inputs(name, inputs, shape):
+    benchmark = BENCHMARKS[name]
+    tasks = [task.name for task in benchmark.tasks]
+    expected = dict.fromkeys(tasks, shape)
+    for architecture in benchmark.architectures.values():
+        outputs = architecture.build(tasks)(inputs)
+        assert {task: tuple(y.shape) for task, y in outputs.items()} == expected
+
+
+def test_hard_sharing_on_multimnist_is_the_lenet():
+    benchmark = BENCHMARKS["multimnist"]
+    tasks = [task.name for task in benchmark.tasks]
+    lenet, shared = benchmark.build(tasks), benchmark.architectures["hps"].build(tasks)
+    ours = dict(shared.named_parameters())
+    trunk_first = sorted(ours, key=lambda name: "heads" in name)
+    with torch.no_grad():
+        for name, p in zip(trunk_first, lenet.parameters(), strict=True):
+            ours[name].copy_(p)
+    images = torch.randint(256, (5, 1, 36, 36), dtype=torch.uint8)
+    for task, y in lenet(images).items():
+        torch.testing.assert_close(shared(images)[task], y)
+
+
 def test_presets_of_architectures(tmp_path, tiny, monkeypatch):
     quick = tiny.presets["quick"]
     other = replace(quick, settings=replace(quick.settings, epochs=1))
