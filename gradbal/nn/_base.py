@@ -77,9 +77,10 @@ class MultiTaskModel(nn.Module):
         modes = {module: module.training for module in self.modules()}
         # What is drawn for parameters of lazy modules must not be drawn again for others.
         fork = not any(is_lazy(p) for p in self.parameters())
+        devices = {p.device for p in self.parameters() if p.device.type == "cuda"}
         self.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng(enabled=fork):
+            with torch.no_grad(), torch.random.fork_rng(devices, enabled=fork):
                 yield
         finally:
             for module, training in modes.items():

@@ -55,7 +55,7 @@ class Experts(nn.ModuleList):
         super().__init__(modules)
         self._batched = bool(batched)
         self._name = name
-        # Whether they are alike, and can be batched; None before the first batched pass.
+        # Whether they were alike at the first pass, and could be batched; None before.
         self._alike: bool | None = None
 
     def __getitem__(self, index: Any) -> Any:
@@ -106,8 +106,8 @@ class Experts(nn.ModuleList):
         return self._alike
 
 
-def _modes(expert: nn.Module) -> list[bool] | None:
-    """Whether each module is in train mode; None if a pass does more than compute the output."""
+def _modes(expert: nn.Module) -> list[tuple[type, bool]] | None:
+    """Each module's type, and if it is in train mode; None if a pass does more than compute."""
     modes = []
     for module in expert.modules():
         # A lazy module, not initialized yet, has hooks.
@@ -115,7 +115,7 @@ def _modes(expert: nn.Module) -> list[bool] | None:
             return None
         if module.training and module._buffers:
             return None
-        modes.append(module.training)
+        modes.append((type(module), module.training))
     return modes
 
 
