@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     "Learner",
     "batches",
     "evaluate",
+    "judge",
     "steps_per_epoch",
     "steps_per_run",
     "take",
@@ -44,6 +46,7 @@ class Learner:
         method: a name of gradbal's registry, taken with its default hyperparameters; None for
             `sum(losses).backward()` without gradbal.
         seed: see above.
+        architecture: a name of the benchmark's architectures; its own network if left out.
     """
 
     def __init__(
@@ -53,12 +56,26 @@ class Learner:
         tasks: Sequence[Task],
         method: str | None,
         seed: int,
+        architecture: str | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.tasks = tasks
-        self.model = benchmark.build([task.name for task in tasks])
+        self.settings = settings
+        self.seed = seed
+        self.architecture = benchmark.of(architecture or benchmark.architecture)
+        self.model = self.architecture.build([task.name for task in tasks])
         adam = Adam(self.model.parameters(), lr=settings.lr)
         self.optimizer: Optimizer = adam if method is None else MultiTaskOptimizer(adam, method)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def prepare(self, splits: Splits) -> None:
+        """What the architecture does with the data before it is trained, if anything."""
+        if self.architecture.prepare is not None:
+            self.architecture.prepare(self.model, self.tasks, splits, self.settings, self.seed)
 
     @property
     def description(self) -> str:
@@ -109,11 +126,15 @@ class Learner:
         if isinstance(self.optimizer, MultiTaskOptimizer):
             self.optimizer.end_epoch()
 
-    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor]]:
+    def _losses(self, batch: Split) -> tuple[Any, list[Tensor]]:
         features = self.model.features(batch.inputs)
         outputs = self.model.outputs(features)
-        losses = [task.loss(outputs[task.name], batch.targets[task.name]) for task in self.tasks]
-        return features, losses
+        return features, [self._loss(task, outputs[task.name], batch) for task in self.tasks]
+
+    def _loss(self, task: Task, output: Tensor, batch: Split) -> Tensor:
+        loss = task.loss(output, batch.targets[task.name])
+        extra = self.model.regularization_loss(batch.inputs, task.name)
+        return loss if extra is None else loss + extra
 
 
 def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
@@ -156,8 +177,10 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     learner.model.train()
+    total = steps_per_run(settings)
     held_out = validation_batches(splits.validation, settings, seed)
     for number, batch in enumerate(batches(splits.train, settings, seed), start=1):
+        learner.model.set_progress(number - 1, total)
         losses = learner.step(batch, next(held_out))
         for task, loss in zip(learner.tasks, losses, strict=True):
             if not math.isfinite(loss.item()):
@@ -169,17 +192,23 @@ def train(
         after_step()
 
 
-@torch.no_grad()
 def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
     """All measures of all the learner's tasks on a split, by task and measure."""
     learner.model.eval()
+    return judge(learner.model, learner.tasks, split)
+
+
+@torch.no_grad()
+def judge(
+    model: Callable[[Tensor], Mapping[str, Tensor]], tasks: Sequence[Task], split: Split
+) -> dict[str, dict[str, float]]:
+    """All measures of these tasks on a split, by task and measure, of what `model` gives."""
     meters = {
-        task.name: {measure.name: measure.meter() for measure in task.measures}
-        for task in learner.tasks
+        task.name: {measure.name: measure.meter() for measure in task.measures} for task in tasks
     }
     for index in torch.split(torch.arange(len(split)), _EVALUATION_BATCH):
         batch = take(split, index)
-        outputs = learner.model(batch.inputs)
+        outputs = model(batch.inputs)
         for task, by_name in meters.items():
             for meter in by_name.values():
                 meter.update(outputs[task], batch.targets[task])
