@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor, nn
 
 import gradbal
+from benchmarks.accelerator import Accelerator
 from tests.drive import DRIVERS, EPOCH, Call, Driver
 from tests.gradients import assert_gradients, expected, shared_names, task_gradients
 from tests.nn.models import BREAKS, DRAWS, FEATURES, MODELS, TASKS, batch, losses, make
@@ -189,6 +190,19 @@ def test_autocast(name):
     for p in model.parameters():
         assert p.grad.dtype == torch.float32
         assert p.grad.isfinite().all()
+
+
+@every
+def test_the_host_does_not_wait_for_the_device(name):
+    with Accelerator() as device:
+        model, x = device.put(make(name)), device.put(batch())
+        for _ in range(2):
+            with device.watched() as seen:
+                total = sum(total_losses(model, x).values())
+                total.backward()
+            assert not seen.waits
+            assert not seen.up
+            assert not seen.down
 
 
 @every
