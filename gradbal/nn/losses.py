@@ -271,7 +271,7 @@ def _check(
             f"`target` must be {list(wanted)} for logits of shape {tuple(logits.shape)}, "
             f"found shape {tuple(target.shape)}"
         )
-    if target.dtype.is_floating_point or target.dtype in (torch.bool, torch.complex64):
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
         raise ValueError(f"`target` must be integers, the classes, found {target.dtype}")
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()

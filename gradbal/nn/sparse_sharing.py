@@ -257,7 +257,7 @@ class SparseSharing(MultiTaskModel):
         shapes = {name: tensor.shape for name, tensor in self._state().items()}
         if {name: tensor.shape for name, tensor in state.items()} != shapes:
             raise ValueError("the initial state must be that of a model like this one")
-        self._initial = {name: tensor.clone() for name, tensor in state.items()}
+        self._initial = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
