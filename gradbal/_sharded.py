@@ -239,12 +239,13 @@ class _Columns:
 
     def whole(self, own: Tensor) -> Tensor:
         sizes = [_shard_of(p).numel() for p in self._parameters]
-        rows = own.reshape(-1, own.shape[-1])
+        # A process may have none of them.
+        rows = own.reshape(own.shape[:-1].numel(), own.shape[-1])
         found = []
         for p, part in zip(self._parameters, torch.split(rows, sizes, 1), strict=True):
             shaped = [_like(row.reshape(_shard_of(p).shape), p) for row in part]
             found.append(torch.stack([each.full_tensor().flatten() for each in shaped]))
-        return torch.cat(found, 1).view(*own.shape[:-1], -1)
+        return torch.cat(found, 1).view(*own.shape[:-1], self.width)
 
 
 def _place(p: Tensor) -> tuple[int, int]:

@@ -32,18 +32,18 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         store = str(Path(self._folder.name) / "store")
-        self._ends, self._processes = [], []
+        self.ends, self._processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
             process.start()
             theirs.close()
-            self._ends.append(mine)
+            self.ends.append(mine)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What each of them returns, by rank; a module's function is called in all of them."""
-        for end in self._ends:
+        for end in self.ends:
             end.send((function, args))
         try:
             found = [self._answer(rank) for rank in range(self.size)]
@@ -61,7 +61,7 @@ class Workers:
         return [result for _, result in found]
 
     def _answer(self, rank: int) -> Any:
-        end, process = self._ends[rank], self._processes[rank]
+        end, process = self.ends[rank], self._processes[rank]
         assert end.poll(2 * PATIENCE), f"rank {rank} does not answer"
         try:
             return end.recv()
@@ -73,7 +73,7 @@ class Workers:
         """Ends them, whatever they do."""
         for process in self._processes:
             process.kill()
-        for process, end in zip(self._processes, self._ends, strict=True):
+        for process, end in zip(self._processes, self.ends, strict=True):
             process.join()
             end.close()
         self._folder.cleanup()
