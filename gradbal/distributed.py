@@ -57,9 +57,9 @@ _BLOCK = 1 << 23
 _BUCKET = 25 << 20
 """Bytes of the gradients that are averaged at a time, as in DDP."""
 
-# Its name until torch 2.13 or so.
-_reduce_scatter: Callable[..., Any] = getattr(
-    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+# The later name; builds without torch.distributed have neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
 )
 
 Batch = Losses | LazyLosses
@@ -296,7 +296,9 @@ class Together(Alone):
 
     def failed(self, error: Exception) -> None:
         if not isinstance(error, DistributedError):
-            self._exchange(error)
+            # Where the others are gone, this error is the one to see.
+            with contextlib.suppress(RuntimeError):
+                self._exchange(error)
 
     def _exchange(self, error: Exception | None, *numbers: float) -> list[list[float]]:
         """Each process's numbers, four at most, unless one of them failed.
@@ -398,10 +400,9 @@ class Together(Alone):
         return parts.to(values.dtype)
 
     def average_values(self, values: Tensor) -> Tensor:
-        # Where a process has no loss of a task, NaN is no number to add.
-        weights = torch.tensor(self._shares[: len(values)], dtype=torch.float64)
-        weights = upload(weights, values.device).masked_fill(values.isnan(), 0.0)
-        pair = torch.stack([torch.where(weights > 0, values.double(), 0.0) * weights, weights])
+        # What a task lacks here is NaN, which is no number to add.
+        weights = upload(torch.tensor(self._shares, dtype=torch.float64), values.device)
+        pair = torch.stack([torch.where(weights > 0, values.double() * weights, 0.0), weights])
         dist.all_reduce(pair, group=self.group)
         return (pair[0] / pair[1]).to(values.dtype)
 
@@ -641,7 +642,7 @@ def find_processes(
         aggregator: whose random numbers become the same everywhere.
 
     Raises:
-        ValueError: replicas whose parameters are not the same.
+        ValueError: replicas whose parameters are not the same; or a wrapper that is not supported.
     """
     if not (dist.is_available() and dist.is_initialized()) or process_group == "local":
         return Alone()
@@ -694,9 +695,21 @@ def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _ddp_modules(parameters: Sequence[Tensor]) -> list[Any]:
-    """The DDP modules of these parameters, which do not know of them."""
+    """The DDP modules of these parameters, which do not know of them.
+
+    Raises:
+        ValueError: they are of a module of FSDP1.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
     mine = {id(p) for p in parameters}
-    found = [x for x in gc.get_objects() if type(x).__mro__.count(DistributedDataParallel)]
-    return [ddp for ddp in found if any(id(p) in mine for p in ddp.parameters())]
+    kinds = DistributedDataParallel, FullyShardedDataParallel
+    found = [module for module in gc.get_objects() if issubclass(type(module), kinds)]
+    found = [module for module in found if any(id(p) in mine for p in module.parameters())]
+    if any(isinstance(module, FullyShardedDataParallel) for module in found):
+        raise ValueError(
+            "sharded parameters must be those of fully_shard (FSDP2), found a "
+            "FullyShardedDataParallel module (FSDP1)"
+        )
+    return found

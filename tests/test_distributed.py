@@ -677,6 +677,23 @@ def test_static_graphs_are_refused(two: Workers) -> None:
     assert len(set(two.run(static_graph))) == 1
 
 
+def first_fsdp() -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Through(Driver("upgrad").model())
+        model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), "upgrad")
+        with pytest.raises(ValueError, match="must be those of fully_shard") as error:
+            opt.backward(model(Driver("upgrad").batch(0, 0)))
+    return str(error.value)
+
+
+def test_fsdp1_is_refused(two: Workers) -> None:
+    assert len(set(two.run(first_fsdp))) == 1
+
+
 # Copies, hooks, functions.
 
 
