@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["Benchmark", "Measure", "Network", "Preset", "Settings", "Split", "Splits", "Task"]
+__all__ = [
+    "Architecture",
+    "Benchmark",
+    "Measure",
+    "Network",
+    "Preset",
+    "Settings",
+    "Split",
+    "Splits",
+    "Task",
+]
 
 
 class Network(nn.Module):
     """A trunk with a head for each task."""
 
-    def features(self, inputs: Tensor) -> Tensor:
-        """The representation that the heads start from."""
+    def features(self, inputs: Tensor) -> Any:
+        """The representation that the heads start from: a tensor, or one for each task."""
         raise NotImplementedError
 
-    def outputs(self, features: Tensor) -> dict[str, Tensor]:
+    def outputs(self, features: Any) -> dict[str, Tensor]:
         """By task, what its head makes of the features."""
         raise NotImplementedError
+
+    def regularization_loss(self, inputs: Tensor, task: str) -> Tensor | None:
+        """What is to be added to a task's loss of a batch, 0-dim; None for nothing."""
+        return None
+
+    def set_progress(self, step: int, total: int) -> None:
+        """Tells before each training step how many have been made, for networks that change."""
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """By task, its output."""
@@ -32,13 +50,15 @@ class Network(nn.Module):
 class Measure:
     """A number that tells how well a task is done, computed by a fresh torchmetrics object.
 
-    With `percent`, the value is a fraction in the results file and shown in percent.
+    With `percent`, the value is a fraction in the results file and shown in percent; `digits` after
+    the point are shown.
     """
 
     name: str
     higher_is_better: bool
     percent: bool
     meter: Callable[[], Metric]
+    digits: int = 2
 
 
 @dataclass(frozen=True)
@@ -101,13 +121,29 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """One way to share a network between tasks.
+
+    Attributes:
+        summary: sizes, in a line for `list`.
+        build: as `Benchmark.build`.
+        prepare: what has to be done with a fresh network before it is trained, if anything; takes
+            the network, the tasks, the data (but for the test split), the settings and the seed.
+    """
+
+    summary: str
+    build: Callable[[Sequence[str]], Network]
+    prepare: Callable[[Network, Sequence[Task], Splits, Settings, int], None] | None = None
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """One benchmark, as the runner and the reports need it.
 
     Attributes:
         name: what `run` takes.
         summary: one line for `list`.
-        architecture: name of the network.
+        architecture: name of the network that `build` makes.
         revision: raised whenever data, network or training change, so that older results are not
             mixed with new ones.
         tasks: in the order in which their losses are passed to the methods.
@@ -116,6 +152,9 @@ class Benchmark:
         load: makes the data; takes the settings and the folder for downloads.
         build: makes the network with a head for each of the named tasks; its output is a mapping
             from task to output, the same as `outputs(features(inputs))`.
+        architectures: by name, what `--architectures` takes; "hps" is among them if there are any.
+        architecture_presets: those of `presets` that are others when architectures are compared.
+        note: what the table's heading has to say of these settings, if anything.
     """
 
     name: str
@@ -127,3 +166,16 @@ class Benchmark:
     presets: Mapping[str, Preset]
     load: Callable[[Settings, Path | None], Splits]
     build: Callable[[Sequence[str]], Network]
+    architectures: Mapping[str, Architecture] = field(default_factory=dict)
+    architecture_presets: Mapping[str, Preset] = field(default_factory=dict)
+    note: Callable[[Settings], str] = lambda settings: ""
+
+    def of(self, architecture: str) -> Architecture:
+        """The architecture of that name, which may be the benchmark's own network.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if architecture == self.architecture:
+            return Architecture(self.summary, self.build)
+        return self.architectures[architecture]

@@ -1,8 +1,11 @@
 """All benchmarks, by the name that `run` takes."""
 
 from benchmarks.benchmark import Benchmark
+from benchmarks.census import CENSUS, CENSUS_EDUCATION
 from benchmarks.multimnist import MULTIMNIST
 
 __all__ = ["BENCHMARKS"]
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MULTIMNIST,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION)
+}

@@ -19,6 +19,7 @@ from benchmarks.errors import BadInput, BenchmarkError, EndedElsewhere, one_line
 from benchmarks.measurements import add_commands
 
 if TYPE_CHECKING:
+    from benchmarks.benchmark import Benchmark
     from benchmarks.processes import Team
     from benchmarks.runner import Plan
 
@@ -36,10 +37,12 @@ app = typer.Typer(
 
 
 class ManyValues(TyperCommand):
-    """A command whose `--methods` takes all the words that follow, up to the next option."""
+    """`--methods` and `--architectures` take all the words that follow, up to the next option."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        return super().parse_args(ctx, repeat_option(args, "--methods"))
+        for option in ("--methods", "--architectures"):
+            args = repeat_option(args, option)
+        return super().parse_args(ctx, args)
 
 
 def repeat_option(args: Iterable[str], option: str) -> list[str]:
@@ -69,11 +72,20 @@ def list_command() -> None:
     typer.echo("Benchmarks:")
     for benchmark in BENCHMARKS.values():
         typer.echo(f"  {benchmark.name:<{width}}{benchmark.summary}")
+    for benchmark in BENCHMARKS.values():
+        if benchmark.architectures:
+            typer.echo(f"Architectures of {benchmark.name}:")
+        for name, architecture in benchmark.architectures.items():
+            typer.echo(f"  {name:<{width}}{architecture.summary}")
     typer.echo("Methods:")
     for name in gradbal.list_aggregators():
         entry = gradbal.info(name)
         source = f" ({entry.venue} {entry.year})" if entry.year else ""
         typer.echo(f"  {name:<{width}}{entry.summary}{source}")
+
+
+_WITH_ARCHITECTURES = ("mean", "upgrad")
+"""The methods that architectures are compared with: a plain one, and one of the Gramian."""
 
 
 @app.command(cls=ManyValues)
@@ -85,6 +97,14 @@ def run(
             metavar="NAME…",
             help="Methods to compare, one or several after the option; the benchmark's own "
             "selection if left out. Single-task training always runs, as the baseline of Δm.",
+        ),
+    ] = None,
+    architectures: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME…|all",
+            help="Architectures of gradbal.nn to compare, each with every method (mean and upgrad "
+            "if none is named); hps always runs. The benchmark's own network if left out.",
         ),
     ] = None,
     seeds: Annotated[
@@ -114,11 +134,11 @@ def run(
     Finished runs are kept: the same command goes on where it was interrupted. Under torchrun all
     processes train each network together, and fill one table.
     """
-    again = _command(name, methods, seeds, epochs, out, data_root, quick, full)
+    again = _command(name, methods, architectures, seeds, epochs, out, data_root, quick, full)
     folder = out if out is not None else Path("results") / name
     # What is wrong with the command line is so in every process.
     with _ending(again, lambda: launch.rank() == 0):
-        plan = _plan(name, methods, seeds, epochs, quick, full)
+        plan = _plan(name, methods, architectures, seeds, epochs, quick, full)
 
         from benchmarks.processes import team
 
@@ -127,7 +147,9 @@ def run(
     if not full and launch.rank() == 0:
         typer.echo(
             f"Full table, with all the data: {shlex.join(launch.launcher())} -m benchmarks run "
-            f"{name} --full --seeds {plan.benchmark.presets['full'].seeds}"
+            f"{name} --full "
+            + (f"--architectures {' '.join(architectures)} " if architectures else "")
+            + f"--seeds {plan.benchmark.presets['full'].seeds}"
         )
     if failed:
         raise typer.Exit(1)
@@ -160,6 +182,7 @@ def _ending(again: str, speaks: Callable[[], bool]) -> Iterator[None]:
 def _command(
     name: str,
     methods: list[str] | None,
+    architectures: list[str] | None,
     seeds: int | None,
     epochs: int | None,
     out: Path | None,
@@ -169,8 +192,9 @@ def _command(
 ) -> str:
     """The command line that says the same again, quoted for the shell."""
     words = [*launch.launcher(), "-m", "benchmarks", "run", name]
-    if methods:
-        words += ["--methods", *methods]
+    for option, names in (("--methods", methods), ("--architectures", architectures)):
+        if names:
+            words += [option, *names]
     options = {"--seeds": seeds, "--epochs": epochs, "--out": out, "--data-root": data_root}
     for option, value in options.items():
         if value is not None:
@@ -182,6 +206,7 @@ def _command(
 def _plan(
     name: str,
     methods: list[str] | None,
+    architectures: list[str] | None,
     seeds: int | None,
     epochs: int | None,
     quick: bool,
@@ -196,17 +221,38 @@ def _plan(
 
     import gradbal
     from benchmarks.catalog import BENCHMARKS
-    from benchmarks.runner import SINGLE_TASK, Plan
+    from benchmarks.runner import HPS, SINGLE_TASK, Plan
 
     _check_known("NAME", name, list(BENCHMARKS))
     benchmark = BENCHMARKS[name]
-    chosen = tuple(methods or benchmark.methods)
+    named = _architectures(benchmark, architectures)
+    chosen = tuple(methods or (_WITH_ARCHITECTURES if named else benchmark.methods))
     for method in chosen:
         _check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
-    preset = benchmark.presets["quick" if quick else "full" if full else "default"]
+        if set(named) - {HPS} and method != SINGLE_TASK and gradbal.create(method).needs_features:
+            raise BadInput(
+                f"`--methods` must not name {method} beside architectures other than {HPS}, found "
+                f"{' '.join(named)}; it looks at a representation that all tasks share"
+            )
+    presets = {**benchmark.presets, **(benchmark.architecture_presets if named else {})}
+    preset = presets["quick" if quick else "full" if full else "default"]
     if epochs is not None:
         preset = replace(preset, settings=replace(preset.settings, epochs=epochs))
-    return Plan(benchmark, preset, chosen, preset.seeds if seeds is None else seeds)
+    return Plan(benchmark, preset, chosen, preset.seeds if seeds is None else seeds, named)
+
+
+def _architectures(benchmark: Benchmark, names: list[str] | None) -> tuple[str, ...]:
+    """The architectures that the command line asks for; "all" stands for every one."""
+    if not names:
+        return ()
+    if not benchmark.architectures:
+        raise BadInput(
+            f"`--architectures` must not be given for {benchmark.name}, which has none, found "
+            + " ".join(names)
+        )
+    for name in names:
+        _check_known("--architectures", name, [*benchmark.architectures, "all"])
+    return tuple(benchmark.architectures if "all" in names else names)
 
 
 def _check_known(option: str, found: str, known: list[str]) -> None:
@@ -232,6 +278,8 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: 
     if not team.leads:
         execute(plan, None, data_root, console, team)
         return 0
+    if plan.architectures and not console.is_terminal:
+        console.width = max(console.width, 120)  # A file has room for all columns.
     results = ResultsFile(folder)
     try:
         execute(plan, results, data_root, console, team)
@@ -245,9 +293,12 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: 
     failed = failures(plan, records)
     for line in failed:
         typer.echo(f"{line}; the same command tries it again")
-    write_csv(plan, rows, folder / "summary.csv")
-    write_plot(plan, rows, folder / "accuracy.png")
-    typer.echo(f"Written: {results.path}, {folder / 'summary.csv'}, {folder / 'accuracy.png'}")
+    measure = plan.benchmark.tasks[0].measures[0].name
+    names = ("architectures", "architectures") if plan.architectures else ("summary", measure)
+    table, picture = folder / f"{names[0]}.csv", folder / f"{names[1]}.png"
+    write_csv(plan, rows, table)
+    write_plot(plan, rows, picture)
+    typer.echo(f"Written: {results.path}, {table}, {picture}")
     return len(failed)
 
 

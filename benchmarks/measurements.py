@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.architecture_commands import add_architecture_commands
 from benchmarks.engine_commands import add_engine_commands
 from benchmarks.errors import BadInput, BenchmarkError
 from benchmarks.options import read_counts, stop
@@ -27,6 +28,7 @@ speed = typer.Typer(help="Ratios of CPU time, interleaved, medians.", no_args_is
 def add_commands(app: typer.Typer) -> None:
     """Adds `speed` and `residuals` to the command line."""
     add_engine_commands(speed)
+    add_architecture_commands(speed)
     app.add_typer(speed, name="speed")
     app.command()(residuals)
 

@@ -42,7 +42,7 @@ def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
             axes.axvline(x.mean, color="0.5", linestyle="--", linewidth=1, zorder=0)
             axes.axhline(y.mean, color="0.5", linestyle="--", linewidth=1, zorder=0)
         else:
-            points.append((y.mean, x, y, row.method))
+            points.append((y.mean, x, y, plan.label(row.method, row.architecture)))
     points.sort(key=lambda point: point[0])
 
     for number, (_, x, y, method) in enumerate(points):

@@ -42,37 +42,44 @@ class Row:
 
     Attributes:
         method: its name.
+        architecture: the network's name.
         seeds, failed: how many runs ended well, and how many did not.
         test: by (task, measure), as in the results file; None without a good run.
         delta_m, delta_p: against the mean of the single-task runs, in percent; None without these.
         step_time: median over the runs of the step's duration over the plain sum's.
+        step_seconds: the same of the duration.
+        parameters: how many numbers are trained; None if no record says so.
         processes: how many trained together, in any of the runs.
     """
 
     method: str
+    architecture: str
     seeds: int
     failed: int
     test: dict[tuple[str, str], Stat | None]
     delta_m: Stat | None
     delta_p: Stat | None
     step_time: float | None
+    step_seconds: float | None
+    parameters: int | None
     processes: frozenset[int]
 
 
 def summarise(plan: Plan, records: Sequence[Record]) -> list[Row]:
-    """One row for each method of the plan that has a record, single-task first."""
-    selected = plan.select(records).values()
-    by_method: dict[str, list[Record]] = {}
-    for record in selected:
-        by_method.setdefault(record.method, []).append(record)
-    baseline = [r.test for r in by_method.get(SINGLE_TASK, []) if r.error is None]
-    return [_row(plan, method, of_method, baseline) for method, of_method in by_method.items()]
+    """One row for each method and architecture of the plan with a record, single-task first."""
+    by_row: dict[tuple[str, str], list[Record]] = {}
+    for record in plan.select(records).values():
+        by_row.setdefault((record.method, record.architecture), []).append(record)
+    single = by_row.get((SINGLE_TASK, plan.benchmark.architecture), [])
+    baseline = [record.test for record in single if record.error is None]
+    return [_row(plan, of_row, baseline) for of_row in by_row.values()]
 
 
 def failures(plan: Plan, records: Sequence[Record]) -> list[str]:
     """A line for each run whose latest attempt failed."""
     return [
-        f"{record.method}, seed {record.seed}: failed with {record.error}"
+        f"{plan.label(record.method, record.architecture)}, seed {record.seed}: failed with "
+        f"{record.error}"
         for record in plan.select(records).values()
         if record.error is not None
     ]
@@ -80,27 +87,35 @@ def failures(plan: Plan, records: Sequence[Record]) -> list[str]:
 
 def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
     """The table for the terminal."""
+    note = plan.benchmark.note(plan.settings)
     caption = (
         "Δm: mean change against single-task training, lower is better. "
-        "Step: time of a training step over one with sum(losses).backward()."
+        "Step: time of a training step over one with sum(losses).backward()"
     )
+    if plan.architectures:
+        caption += f" on {plan.benchmark.architecture}, and its median in milliseconds"
     processes = sorted({count for row in rows for count in row.processes})
     if processes not in ([], [1]):
-        caption += f" These are runs of {' and '.join(map(str, processes))} processes."
+        caption += f". These are runs of {' and '.join(map(str, processes))} processes"
     table = Table(
-        title=f"{plan.benchmark.name}, test set, {plan.seeds} "
+        title=f"{plan.benchmark.name}, {note + ', ' if note else ''}test set, {plan.seeds} "
         + ("seed" if plan.seeds == 1 else "seeds: mean ± sample standard deviation"),
-        caption=caption,
+        caption=f"{caption}.",
     )
+    if plan.architectures:
+        table.add_column("architecture")
     table.add_column("method")
     for task, measure in _measures(plan):
         unit = " %" if measure.percent else ""
         table.add_column(f"{_words(task.name)}\n{measure.name}{unit}", justify="right")
     table.add_column("Δm %", justify="right")
     table.add_column("step", justify="right")
+    if plan.architectures:
+        table.add_column("ms", justify="right")
+        table.add_column("parameters", justify="right")
     for row in rows:
         cells = [
-            _cell(row.test[task.name, measure.name], 100 if measure.percent else 1)
+            _cell(row.test[task.name, measure.name], 100 if measure.percent else 1, measure.digits)
             for task, measure in _measures(plan)
         ]
         if row.failed:
@@ -109,26 +124,38 @@ def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
             )
             cells[0] = note if row.seeds == 0 else f"{cells[0]}\n{note}"
         step = "–" if row.step_time is None else f"{row.step_time:.2f}×"
-        table.add_row(row.method, *cells, _cell(row.delta_m, 1), step)
+        cells = [row.method, *cells, _cell(row.delta_m, 1), step]
+        if plan.architectures:
+            seconds, parameters = row.step_seconds, row.parameters
+            cells.insert(0, row.architecture)
+            cells.append("–" if seconds is None else f"{1000 * seconds:.1f}")
+            cells.append("–" if parameters is None else f"{parameters:,}")
+        table.add_row(*cells)
     return table
 
 
 def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
-    """Write the table as CSV: fractions as in the results file, Δm and Δp in percent."""
+    """Write the table as CSV: fractions as in the results file, Δm and Δp in percent.
+
+    A table of architectures has two columns more, seconds a step and parameters.
+    """
     header = ["benchmark", "architecture", "fingerprint", "method", "seeds", "failed"]
     names = [f"{task.name}_{measure.name}" for task, measure in _measures(plan)]
     for name in (*names, "delta_m", "delta_p"):
         header += [f"{name}_mean", f"{name}_std"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*header, "step_time"])
-    fixed = [plan.benchmark.name, plan.benchmark.architecture, plan.fingerprint]
+    more = ["step_seconds", "parameters"] if plan.architectures else []
+    writer.writerow([*header, "step_time", *more])
+    marks = plan.fingerprints
     for row in rows:
         stats = [row.test[task.name, measure.name] for task, measure in _measures(plan)]
         numbers: list[float | None] = []
         for stat in (*stats, row.delta_m, row.delta_p):
             numbers += [None, None] if stat is None else [stat.mean, stat.spread]
-        writer.writerow([*fixed, row.method, row.seeds, row.failed, *numbers, row.step_time])
+        fixed = [plan.benchmark.name, row.architecture, marks[row.architecture], row.method]
+        size = [row.step_seconds, row.parameters] if more else []
+        writer.writerow([*fixed, row.seeds, row.failed, *numbers, row.step_time, *size])
     write_whole(path, lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
 
 
@@ -140,11 +167,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(draft, path)
 
 
-def _row(plan: Plan, method: str, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:
+def _row(plan: Plan, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:
     good = [record.test for record in records if record.error is None]
     times = [record.step_time for record in records if record.step_time is not None]
+    seconds = [record.step_seconds for record in records if record.step_seconds is not None]
+    # A run that failed may not have come to all its networks.
+    sizes = [record.parameters for record in records if record.error is None and record.parameters]
     return Row(
-        method=method,
+        method=records[0].method,
+        architecture=records[0].architecture,
         seeds=len(good),
         failed=len(records) - len(good),
         test={
@@ -154,6 +185,8 @@ def _row(plan: Plan, method: str, records: Sequence[Record], baseline: Sequence[
         delta_m=Stat.of([_delta_m(plan, test, baseline) for test in good] if baseline else []),
         delta_p=Stat.of([_delta_p(plan, test, baseline) for test in good] if baseline else []),
         step_time=statistics.median(times) if times else None,
+        step_seconds=statistics.median(seconds) if seconds else None,
+        parameters=sizes[0] if sizes else None,
         processes=frozenset(record.processes for record in records),
     )
 
@@ -188,9 +221,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _cell(stat: Stat | None, scale: float) -> str:
+def _cell(stat: Stat | None, scale: float, digits: int = 2) -> str:
     if stat is None:
         return "–"
     # Adding 0.0 turns a rounded -0.0 into 0.0.
-    mean = f"{round(stat.mean * scale, 2) + 0.0:.2f}"
-    return mean if stat.spread is None else f"{mean} ± {stat.spread * scale:.2f}"
+    mean = f"{round(stat.mean * scale, digits) + 0.0:.{digits}f}"
+    return mean if stat.spread is None else f"{mean} ± {stat.spread * scale:.{digits}f}"

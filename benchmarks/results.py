@@ -10,15 +10,23 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.errors import BadInput
 
-__all__ = ["Metrics", "Record", "ResultsFile", "best_by_run", "fingerprint", "versions"]
+__all__ = ["Metrics", "Record", "ResultsFile", "Run", "best_by_run", "fingerprint", "versions"]
 
 Metrics = Mapping[str, Mapping[str, float]]
 """Values by task and measure."""
+
+
+class Run(NamedTuple):
+    """What tells the runs of a table apart."""
+
+    method: str
+    seed: int
+    architecture: str
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,14 @@ class Record:
         test, validation: the metrics on the two held-out sets.
         aggregator: the method with its hyperparameters, in words.
         step_time: duration of a training step over that of one with `sum(losses).backward()`;
-            None where it could not be measured.
+            None where it could not be measured. The sum is that of the benchmark's own network,
+            whatever the architecture.
         train_seconds: wall time of the training.
         settings, versions: in full, for the reader; `fingerprint` stands for them.
+        parameters: how many numbers are trained, over all networks of the run; None in files from
+            before it was written.
+        step_seconds: duration of a training step; None where it could not be measured, and in files
+            from before it was written.
         processes: how many trained together. Batches are the same whatever their number, and so
             are the metrics up to rounding; the step's time is not.
     """
@@ -52,7 +65,14 @@ class Record:
     train_seconds: float
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    parameters: int | None = None
+    step_seconds: float | None = None
     processes: int = 1
+
+    @property
+    def run(self) -> Run:
+        """Which run this is."""
+        return Run(self.method, self.seed, self.architecture)
 
 
 class ResultsFile:
@@ -106,11 +126,11 @@ class ResultsFile:
         return records, unreadable
 
 
-def best_by_run(records: Iterable[Record]) -> dict[tuple[str, int], Record]:
-    """One record for each (method, seed): the latest that ended well, else the latest."""
-    best: dict[tuple[str, int], Record] = {}
+def best_by_run(records: Iterable[Record]) -> dict[Run, Record]:
+    """One record for each run: the latest that ended well, else the latest."""
+    best: dict[Run, Record] = {}
     for record in records:
-        key = (record.method, record.seed)
+        key = record.run
         if record.error is None or key not in best or best[key].error is not None:
             best[key] = record
     return best
@@ -121,12 +141,17 @@ def versions() -> dict[str, str]:
     return {"gradbal": version("gradbal"), "torch": version("torch"), "python": python_version()}
 
 
-def fingerprint(benchmark: Benchmark, settings: Settings) -> str:
-    """Twelve hex digits that stand for the settings, the benchmark's revision and the versions."""
+def fingerprint(benchmark: Benchmark, settings: Settings, architecture: str | None = None) -> str:
+    """Twelve hex digits that stand for the settings, the benchmark's revision and the versions.
+
+    Args:
+        benchmark, settings: what is run.
+        architecture: a name; the benchmark's own network if left out.
+    """
     found = versions()
     identity = {
         "benchmark": benchmark.name,
-        "architecture": benchmark.architecture,
+        "architecture": architecture or benchmark.architecture,
         "revision": benchmark.revision,
         "settings": asdict(settings),
         "gradbal": found["gradbal"],

@@ -14,27 +14,33 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from benchmarks.benchmark import Benchmark, Preset, Settings, Splits
 from benchmarks.errors import one_line
 from benchmarks.processes import ALONE, Team
-from benchmarks.results import Record, ResultsFile, best_by_run, fingerprint, versions
-from benchmarks.timing import step_time_ratios
+from benchmarks.results import Record, ResultsFile, Run, best_by_run, fingerprint, versions
+from benchmarks.timing import Contestant, StepTime, step_times
 from benchmarks.training import Learner, evaluate, steps_per_run, train
 
-__all__ = ["SINGLE_TASK", "Plan", "execute"]
+__all__ = ["HPS", "SINGLE_TASK", "Plan", "execute"]
 
 SINGLE_TASK = "single_task"
 """The method name of the baseline: one network a task, each trained on its own."""
 
+HPS = "hps"
+"""The architecture that the others are compared with: hard parameter sharing."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A table to be filled: a benchmark, the settings, and all pairs of a method and a seed.
+    """A table to be filled: a benchmark, the settings, methods, seeds, and maybe architectures.
 
-    The single-task baseline belongs to every plan, whether named or not.
+    The single-task baseline, of the benchmark's own network, belongs to every plan, whether named
+    or not, and hard parameter sharing to every plan with architectures. Without any, methods are
+    compared on the benchmark's own network.
     """
 
     benchmark: Benchmark
     preset: Preset
     methods: tuple[str, ...]
     seeds: int
+    architectures: tuple[str, ...] = ()
 
     @property
     def settings(self) -> Settings:
@@ -43,19 +49,39 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """The mark of the records that belong to this plan."""
+        """The mark of the records of the benchmark's own network that belong to this plan."""
         return fingerprint(self.benchmark, self.settings)
 
     @property
-    def runs(self) -> list[tuple[str, int]]:
-        """All (method, seed), seed by seed, so that an interrupted table has whole seeds."""
-        methods = dict.fromkeys((SINGLE_TASK, *self.methods))
-        return [(method, seed) for seed in range(self.seeds) for method in methods]
+    def compared(self) -> tuple[str, ...]:
+        """The architectures that methods are run on."""
+        if not self.architectures:
+            return (self.benchmark.architecture,)
+        return tuple(dict.fromkeys((HPS, *self.architectures)))
 
-    def select(self, records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """By architecture, the mark of its records that belong to this plan."""
+        names = (self.benchmark.architecture, *self.compared)
+        return {name: fingerprint(self.benchmark, self.settings, name) for name in names}
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, seed by seed, so that an interrupted table has whole seeds."""
+        methods = [method for method in dict.fromkeys(self.methods) if method != SINGLE_TASK]
+        rows = [(SINGLE_TASK, self.benchmark.architecture)]
+        rows += [(method, name) for name in self.compared for method in methods]
+        return [Run(method, seed, name) for seed in range(self.seeds) for method, name in rows]
+
+    def label(self, method: str, architecture: str) -> str:
+        """What a row of the table is called where there is one word for it."""
+        compares = self.architectures and method != SINGLE_TASK
+        return f"{architecture} {method}" if compares else method
+
+    def select(self, records: Sequence[Record]) -> dict[Run, Record]:
         """The records of this plan's runs, one a run, in the plan's order."""
-        mine = self.fingerprint
-        best = best_by_run(record for record in records if record.fingerprint == mine)
+        mine = self.fingerprints
+        best = best_by_run(r for r in records if mine.get(r.architecture) == r.fingerprint)
         return {run: best[run] for run in self.runs if run in best}
 
 
@@ -81,8 +107,10 @@ def execute(
     Raises:
         BenchmarkError: there are no data, or one of the processes failed on its own.
     """
-    pending, ratios = team.lead(lambda: _missing(plan, results, console, team))
-    pending = [(method, seed) for method, seed in pending]
+    found = team.lead(lambda: _missing(plan, results, console, team))
+    # As JSON brings them.
+    pending = [Run(*run) for run in found[0]]
+    known = {Contestant(*who): StepTime(*lasted) for who, lasted in found[1]}
     if not pending:
         return
 
@@ -97,15 +125,19 @@ def execute(
     with Progress(
         *columns, console=console, disable=console.quiet or not console.is_terminal
     ) as progress:
-        ratios.update(_step_times(plan, ratios, pending, splits, progress, team))
+        times = _step_times(plan, known, pending, splits, progress, team)
         # A step counts as much as it lasts, so that the time left is right for slow methods too.
-        costs = [_steps(plan, method) * ratios.get(method, 1.0) for method, _ in pending]
+        weights = [each.ratio if (each := times.get(_timed(run))) else 1.0 for run in pending]
+        costs = [
+            _steps(plan, run.method) * weight for run, weight in zip(pending, weights, strict=True)
+        ]
         bar = progress.add_task("training", total=sum(costs))
-        for number, (method, seed) in enumerate(pending, start=1):
-            label = f"run {number} of {len(pending)}: {method}, seed {seed}"
+        for number, run in enumerate(pending, start=1):
+            what = f"{plan.label(run.method, run.architecture)}, seed {run.seed}"
+            label = f"run {number} of {len(pending)}: {what}"
             progress.update(bar, description=label)
-            after_step = partial(progress.advance, bar, ratios.get(method, 1.0))
-            record = _run(plan, method, seed, splits, ratios.get(method), after_step, team)
+            after_step = partial(progress.advance, bar, weights[number - 1])
+            record = _run(plan, run, splits, times.get(_timed(run)), after_step, team)
             if results is not None:
                 results.append(record)
             # A failed run has made fewer steps than were planned.
@@ -117,8 +149,8 @@ def execute(
 
 def _missing(
     plan: Plan, results: ResultsFile | None, console: Console, team: Team
-) -> tuple[list[tuple[str, int]], dict[str, float]]:
-    """The runs that are to be made, and the step-time ratios on record."""
+) -> tuple[list[Run], list[tuple[Contestant, StepTime]]]:
+    """The runs that are to be made, and the step times on record of as many processes."""
     assert results is not None
     records, unreadable = results.read()
     if unreadable:
@@ -127,17 +159,17 @@ def _missing(
     pending = [run for run in plan.runs if run not in known or known[run].error is not None]
     if records:
         found, total = len(plan.runs) - len(pending), len(plan.runs)
-        mine = plan.fingerprint
-        others = sum(record.fingerprint != mine for record in records)
+        mine = plan.fingerprints
+        others = sum(mine.get(r.architecture) != r.fingerprint for r in records)
         beside = f"; {others} runs with other settings or versions left aside" if others else ""
         found_here = f"{found} of {total} runs found in {results.path}{beside}"
         console.print(found_here, soft_wrap=True, markup=False)
-    ratios = {
-        record.method: record.step_time
-        for record in known.values()
+    times = [
+        (_timed(run), StepTime(record.step_time, record.step_seconds))
+        for run, record in known.items()
         if record.step_time is not None and record.processes == team.size
-    }
-    return pending, ratios
+    ]
+    return pending, times
 
 
 def _steps(plan: Plan, method: str) -> int:
@@ -146,44 +178,49 @@ def _steps(plan: Plan, method: str) -> int:
     return networks * steps_per_run(plan.settings)
 
 
+def _timed(run: Run) -> Contestant:
+    return Contestant(run.method, run.architecture)
+
+
 def _step_times(
     plan: Plan,
-    known: Mapping[str, float],
-    pending: Sequence[tuple[str, int]],
+    known: Mapping[Contestant, StepTime],
+    pending: Sequence[Run],
     splits: Splits,
     progress: Progress,
     team: Team,
-) -> dict[str, float]:
-    """Step-time ratios, measured now, of the methods that none is known of."""
-    measured: dict[str, float] = {}
-    methods = {method for method, _ in pending} - {SINGLE_TASK} - known.keys()
-    if methods:
+) -> dict[Contestant, StepTime]:
+    """Step times by method and architecture: the known ones, and the missing ones measured now."""
+    times = dict(known)
+    missing = {_timed(run) for run in pending if run.method != SINGLE_TASK} - times.keys()
+    if missing:
         bar = progress.add_task("measuring step times", total=plan.preset.timing_rounds)
-        measured = step_time_ratios(
+        measured = step_times(
             plan.benchmark,
             plan.settings,
             splits.train,
-            sorted(methods),
+            sorted(missing),
             plan.preset.timing_rounds,
             lambda: progress.advance(bar),
             team,
         )
         progress.remove_task(bar)
-    return measured
+        times.update(measured)
+    return times
 
 
 def _run(
     plan: Plan,
-    method: str,
-    seed: int,
+    run: Run,
     splits: Splits,
-    step_time: float | None,
+    step_time: StepTime | None,
     after_step: Callable[[], None],
     team: Team,
 ) -> Record:
     """Train and evaluate one method with one seed; an exception ends up in the record."""
     benchmark = plan.benchmark
-    single = method == SINGLE_TASK
+    single = run.method == SINGLE_TASK
+    method = None if single else run.method
     groups = [(task,) for task in benchmark.tasks] if single else [benchmark.tasks]
     test: dict[str, dict[str, float]] = {}
     validation: dict[str, dict[str, float]] = {}
@@ -191,13 +228,17 @@ def _run(
     description = ""
     start = time.perf_counter()
     seconds = 0.0
+    parameters = 0
     try:
         for tasks in groups:
-            name = None if single else method
-            learner = Learner(benchmark, plan.settings, tasks, name, seed, team)
+            learner = Learner(
+                benchmark, plan.settings, tasks, method, run.seed, run.architecture, team
+            )
             description = learner.description
+            parameters += learner.parameters
             start = time.perf_counter()
-            train(learner, splits, plan.settings, seed, after_step)
+            learner.prepare(splits)
+            train(learner, splits, plan.settings, run.seed, after_step)
             seconds += time.perf_counter() - start
             test.update(evaluate(learner, splits.test))
             validation.update(evaluate(learner, splits.validation))
@@ -207,17 +248,19 @@ def _run(
     error = team.settle(error)
     return Record(
         benchmark=benchmark.name,
-        method=method,
-        architecture=benchmark.architecture,
-        seed=seed,
-        fingerprint=plan.fingerprint,
+        method=run.method,
+        architecture=run.architecture,
+        seed=run.seed,
+        fingerprint=plan.fingerprints[run.architecture],
         error=error,
         test=test,
         validation=validation,
         aggregator=description,
-        step_time=step_time,
+        step_time=step_time.ratio if step_time else None,
         train_seconds=round(seconds, 3),
         settings=asdict(plan.settings),
         versions=versions(),
+        parameters=parameters,
+        step_seconds=step_time.seconds if step_time else None,
         processes=team.size,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ __all__ = [
     "Learner",
     "batches",
     "evaluate",
+    "judge",
     "steps_per_epoch",
     "steps_per_run",
     "take",
@@ -45,6 +47,7 @@ class Learner:
         method: a name of gradbal's registry, taken with its default hyperparameters; None for
             `sum(losses).backward()` without gradbal.
         seed: see above.
+        architecture: a name of the benchmark's architectures; its own network if left out.
         team: the processes that train it together.
     """
 
@@ -55,15 +58,29 @@ class Learner:
         tasks: Sequence[Task],
         method: str | None,
         seed: int,
+        architecture: str | None = None,
         team: Team = ALONE,
     ) -> None:
         torch.manual_seed(seed)
         self.tasks = tasks
+        self.settings = settings
+        self.seed = seed
         self.team = team
-        self.model = benchmark.build([task.name for task in tasks])
-        self._trained = team.wrap(_Trained(self.model))
+        self.architecture = benchmark.of(architecture or benchmark.architecture)
+        self.model = self.architecture.build([task.name for task in tasks])
+        self._trained: nn.Module | None = None
         adam = Adam(self.model.parameters(), lr=settings.lr)
         self.optimizer: Optimizer = adam if method is None else MultiTaskOptimizer(adam, method)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def prepare(self, splits: Splits) -> None:
+        """What the architecture does with the data before it is trained, if anything."""
+        if self.architecture.prepare is not None:
+            self.architecture.prepare(self.model, self.tasks, splits, self.settings, self.seed)
 
     @property
     def description(self) -> str:
@@ -119,12 +136,18 @@ class Learner:
         if isinstance(self.optimizer, MultiTaskOptimizer):
             self.optimizer.end_epoch()
 
-    def _losses(self, batch: Split) -> tuple[Tensor, list[Tensor], int]:
+    def _losses(self, batch: Split) -> tuple[Any, list[Tensor], int]:
         """Features and losses of this process's part of a batch, and how many examples it has."""
+        if self._trained is None:
+            # Not before `prepare`, which trains the network on its own.
+            self._trained = self.team.wrap(_Trained(self.model))
         index, count = self.team.part(len(batch))
         part = batch if count == len(batch) else take(batch, index)
-        features, outputs = self._trained(part.inputs)
-        losses = [task.loss(outputs[task.name], part.targets[task.name]) for task in self.tasks]
+        features, outputs, extras = self._trained(part.inputs)
+        losses = []
+        for task in self.tasks:
+            loss = task.loss(outputs[task.name], part.targets[task.name])
+            losses.append(loss + extras[task.name] if task.name in extras else loss)
         return features, losses, count
 
     def _weighted_losses(self, batch: Split) -> list[Tensor]:
@@ -138,15 +161,18 @@ class Learner:
 
 
 class _Trained(nn.Module):
-    """Features and outputs of a network in one forward pass, which DDP can wrap."""
+    """All that losses are made of in one forward pass, which DDP can wrap."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, inputs: Tensor) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+        """Features; by task, outputs; and what is added to the losses of some tasks."""
         features = self.network.features(inputs)
-        return features, self.network.outputs(features)
+        outputs = self.network.outputs(features)
+        extras = {task: self.network.regularization_loss(inputs, task) for task in outputs}
+        return features, outputs, {t: extra for t, extra in extras.items() if extra is not None}
 
 
 def batches(split: Split, settings: Settings, seed: int) -> Iterator[Split]:
@@ -189,8 +215,10 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     learner.model.train()
+    total = steps_per_run(settings)
     held_out = validation_batches(splits.validation, settings, seed)
     for number, batch in enumerate(batches(splits.train, settings, seed), start=1):
+        learner.model.set_progress(number - 1, total)
         losses = learner.step(batch, next(held_out)).tolist()
         for task, loss in zip(learner.tasks, losses, strict=True):
             if not math.isfinite(loss):
@@ -202,21 +230,31 @@ def train(
         after_step()
 
 
-@torch.no_grad()
 def evaluate(learner: Learner, split: Split) -> dict[str, dict[str, float]]:
-    """All measures of all the learner's tasks on a split, by task and measure.
-
-    Every process judges its part of the split; torchmetrics adds the parts up.
-    """
+    """All measures of all the learner's tasks on a split, by task and measure."""
     learner.model.eval()
+    return judge(learner.model, learner.tasks, split, learner.team)
+
+
+@torch.no_grad()
+def judge(
+    model: Callable[[Tensor], Mapping[str, Tensor]],
+    tasks: Sequence[Task],
+    split: Split,
+    team: Team = ALONE,
+) -> dict[str, dict[str, float]]:
+    """All measures of these tasks on a split, by task and measure, of what `model` gives.
+
+    Every process of the team judges its part of the split; torchmetrics adds the parts up. Where
+    each judges the whole, the sum is of equal parts.
+    """
     meters = {
-        task.name: {measure.name: measure.meter() for measure in task.measures}
-        for task in learner.tasks
+        task.name: {measure.name: measure.meter() for measure in task.measures} for task in tasks
     }
-    mine = torch.arange(len(split)).tensor_split(learner.team.size)[learner.team.rank]
+    mine = torch.arange(len(split)).tensor_split(team.size)[team.rank]
     for index in torch.split(mine, _EVALUATION_BATCH):
         batch = take(split, index)
-        outputs = learner.model(batch.inputs)
+        outputs = model(batch.inputs)
         for task, by_name in meters.items():
             for meter in by_name.values():
                 meter.update(outputs[task], batch.targets[task])

@@ -1,6 +1,7 @@
 """gradbal balances the gradients of several losses: one call replaces `sum(losses).backward()`."""
 
 import gradbal.aggregators as aggregators
+import gradbal.nn as nn
 import gradbal.registry as registry
 from gradbal.aggregators.base import (
     Aggregator,
@@ -31,6 +32,7 @@ __all__ = [
     "create",
     "info",
     "list_aggregators",
+    "nn",
     "register",
     "registry",
 ]

@@ -45,6 +45,7 @@ from gradbal.jacobian import (
     Sketch,
     WeightedSum,
     combine,
+    deliver,
     gradients_of,
     hooks_held_back,
     reach_of,
@@ -228,8 +229,11 @@ class Balancer:
         self.tasks = call.batch.names
         try:
             self._learn_reach(call)
-            with self.processes.completing(call.parameters, self._may_lack(call), call.accumulate):
-                return self._step(call)
+            with self.processes.completing(
+                call.parameters, self._roots_of_some(call), call.accumulate
+            ) as outcome:
+                outcome.append(self._step(call))
+            return outcome[0]
         except BaseException:
             self.give_up_pending()
             raise
@@ -246,12 +250,17 @@ class Balancer:
                 self._free_unused()
             return self._step_for(call)(call)
 
-    def _may_lack(self, call: BackwardCall) -> bool:
-        """Whether a task may turn out to sit the step out."""
-        if call.absent or self.nonfinite == "drop":
-            return True
+    def _roots_of_some(self, call: BackwardCall) -> Sequence[Root | Absent] | None:
+        """The roots, for several processes, where a task may turn out to sit the step out."""
+        if self.processes.size == 1:
+            return None
         aggregator = self.aggregator
-        return isinstance(aggregator, JacobianAggregator) and aggregator.takes_turns
+        in_turn = isinstance(aggregator, JacobianAggregator) and aggregator.takes_turns
+        all_there = not (call.absent or self.processes.lacking or self.nonfinite == "drop")
+        if all_there and not in_turn:
+            return None
+        batch = call.batch
+        return batch.roots(torch.ones_like(batch.values)) if isinstance(batch, Losses) else []
 
     def _learn_reach(self, call: BackwardCall) -> None:
         """Where a process lacks a task, it has to know what that reaches in the others."""
@@ -265,7 +274,7 @@ class Balancer:
         """Whether the step is one that several engines can serve: an ordinary one with rows."""
         if call.lazy or call.accumulate or call.features is not None or call.independent:
             return False
-        if self.processes.size > 1:
+        if self.processes.size > 1 or self.processes.engine is not None:
             # Clocks of several processes do not agree.
             return False
         if not self.needs_jacobian(False, call.batch.missing) or self.rows.pending:
@@ -934,13 +943,16 @@ class Balancer:
         values, factors = self._transformed(batch)
         scaled = _scaled(factors, scale)
         how = batch.tensors, scaled, call.parameters, self.shared_params, call.absent
-        taken = engine.take(*how)
+        taken = engine.take(*how, retain_graph=call.retain_graph)
         pending = self._gather(batch, values, call.absent)
         g = _unscaled(taken.gramian, scale)
         host = HostValues(g, values, taken.extremes, taken.doubt)
         exact = taken.leaves_range(host.gramian)
         if host.doubt or exact:
-            taken = engine.take(*how, look=host.doubt, exact=exact)
+            if taken.direct:
+                taken = engine.exactly(taken, call.absent)
+            else:
+                taken = engine.take(*how, look=host.doubt, exact=exact)
             g = _unscaled(taken.gramian, scale)
             host = HostValues(g, values, taken.extremes)
 
@@ -1140,8 +1152,16 @@ class Balancer:
         assert isinstance(batch, Losses)
         losses = batch.tensors
         assert isinstance(losses, Tensor)
+        if taken is not None and taken.direct:
+            found = engine.combined(taken, w, head_weights, call.absent)
+            engine.check(taken, w, head_weights, found)
+            targets, gradients = [p for p, _ in found], [g for _, g in found]
+            # Nobody else holds them, so they need not be copied.
+            del found
+            deliver(targets, gradients, (), (), ())
+            return
         trunk, rest = self._apart(batch, factors, call.parameters)
-        chosen, found = {id(p) for p in trunk}, []
+        found = []
         passes = [(head_weights * factors, rest), (w * factors, trunk)]
         if not call.absent and all(map(_is_fresh, call.parameters)):
             # What arrives is d itself: taking it back is cheaper than holding it back.
@@ -1150,7 +1170,8 @@ class Balancer:
                     batch.backward(weights, inputs, call.retain_graph or inputs is rest)
             try:
                 if taken is not None:
-                    engine.check(taken, w, [p.grad for p in trunk if p.grad is not None])
+                    pairs = [(p, p.grad) for p in call.parameters if p.grad is not None]
+                    engine.check(taken, w, head_weights, pairs, compare=True)
             except ValueError:
                 for p in call.parameters:
                     p.grad = None
@@ -1169,10 +1190,9 @@ class Balancer:
                         retain_graph=call.retain_graph or inputs is rest,
                         allow_unused=True,
                     )
-                pairs = zip(inputs, grads, strict=True)
-                found += [(p, g) for p, g in pairs if g is not None]
+                found += [(p, g) for p, g in zip(inputs, grads, strict=True) if g is not None]
         if taken is not None:
-            engine.check(taken, w, [g for p, g in found if id(p) in chosen])
+            engine.check(taken, w, head_weights, found, compare=not call.absent)
         torch.autograd.backward([p for p, _ in found], [g for _, g in found])
 
     def _single_weights(

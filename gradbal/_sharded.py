@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from gradbal._losses import Losses
-from gradbal.distributed import Batch, ColumnShards, Spread, Together, is_sharded
+from gradbal.distributed import Batch, ColumnShards, Roots, Spread, Together, is_sharded
 from gradbal.jacobian import Root, RowsEngine, gramian, there, upload
 
 __all__ = ["Sharded"]
@@ -189,11 +189,11 @@ class Sharded(Together):
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
+    ) -> Iterator[list[bool]]:
         for stand_in in self._stand_ins:
             stand_in.grad = None
-        yield
+        yield []
         arrived = [
             (p, stand_in.grad)
             for p, stand_in in zip(self._parameters, self._stand_ins, strict=True)
@@ -239,12 +239,13 @@ class _Columns:
 
     def whole(self, own: Tensor) -> Tensor:
         sizes = [_shard_of(p).numel() for p in self._parameters]
-        rows = own.reshape(-1, own.shape[-1])
+        # A process may have none of them.
+        rows = own.reshape(own.shape[:-1].numel(), own.shape[-1])
         found = []
         for p, part in zip(self._parameters, torch.split(rows, sizes, 1), strict=True):
             shaped = [_like(row.reshape(_shard_of(p).shape), p) for row in part]
             found.append(torch.stack([each.full_tensor().flatten() for each in shaped]))
-        return torch.cat(found, 1).view(*own.shape[:-1], -1)
+        return torch.cat(found, 1).view(*own.shape[:-1], self.width)
 
 
 def _place(p: Tensor) -> tuple[int, int]:

@@ -30,7 +30,17 @@ from torch import Tensor
 
 from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses
-from gradbal.jacobian import Reach, RowsEngine, cross_gramian, gramian, upload, wants_exact
+from gradbal.jacobian import (
+    Absent,
+    Reach,
+    Root,
+    RowsEngine,
+    cross_gramian,
+    gramian,
+    upload,
+    used_by_ddp,
+    wants_exact,
+)
 
 if TYPE_CHECKING:
     from gradbal.aggregators.base import Aggregator
@@ -47,12 +57,13 @@ _BLOCK = 1 << 23
 _BUCKET = 25 << 20
 """Bytes of the gradients that are averaged at a time, as in DDP."""
 
-# Its name until torch 2.13 or so.
-_reduce_scatter: Callable[..., Any] = getattr(
-    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+# The later name; builds without torch.distributed have neither.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
 )
 
 Batch = Losses | LazyLosses
+Roots = Sequence[Root | Absent]
 
 
 class DistributedError(RuntimeError):
@@ -213,16 +224,17 @@ class Alone:
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
-        """Within it gradients are delivered; afterwards `.grad` is the mean of all processes.
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
+    ) -> Iterator[list[bool]]:
+        """Within it gradients are delivered, and whether they are is put on the list; afterwards
+        `.grad` is the mean of all processes.
 
         Args:
             parameters: those to train.
-            some: parameters may get nothing, since a task sits the step out.
+            roots: the losses, where parameters may get nothing as a task sits the step out.
             accumulate: nothing is delivered.
         """
-        yield
+        yield []
 
 
 class Host:
@@ -271,6 +283,8 @@ class Together(Alone):
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.host = Host(group)
+        # Of each task, at the last step.
+        self._shares: list[float] = []
 
     def draw_alike(self, aggregator: Aggregator) -> None:
         """Random numbers are those of the first process."""
@@ -282,7 +296,9 @@ class Together(Alone):
 
     def failed(self, error: Exception) -> None:
         if not isinstance(error, DistributedError):
-            self._exchange(error)
+            # Where the others are gone, this error is the one to see.
+            with contextlib.suppress(RuntimeError):
+                self._exchange(error)
 
     def _exchange(self, error: Exception | None, *numbers: float) -> list[list[float]]:
         """Each process's numbers, four at most, unless one of them failed.
@@ -350,6 +366,7 @@ class Together(Alone):
                 whole = totals[n * len(names) : (n + 1) * len(names)]
                 shares.append([x / t if t else 0.0 for x, t in zip(row, whole, strict=True)])
                 missing.append(frozenset(i for i, t in enumerate(whole) if not t))
+        self._shares = shares[0]
         return [
             self._shared(batch, share, gone)
             for batch, share, gone in zip(batches, shares, missing, strict=True)
@@ -383,9 +400,9 @@ class Together(Alone):
         return parts.to(values.dtype)
 
     def average_values(self, values: Tensor) -> Tensor:
-        # None of the processes may have a task: NaN is no number to add.
-        there = values.isnan().logical_not()
-        pair = torch.stack([torch.where(there, values, 0.0), there.to(values)]).double()
+        # What a task lacks here is NaN, which is no number to add.
+        weights = upload(torch.tensor(self._shares, dtype=torch.float64), values.device)
+        pair = torch.stack([torch.where(weights > 0, values.double() * weights, 0.0), weights])
         dist.all_reduce(pair, group=self.group)
         return (pair[0] / pair[1]).to(values.dtype)
 
@@ -524,19 +541,25 @@ class Replicas(Together):
 
     @contextlib.contextmanager
     def completing(
-        self, parameters: Sequence[Tensor], some: bool, accumulate: bool
-    ) -> Iterator[None]:
+        self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
+    ) -> Iterator[list[bool]]:
+        outcome: list[bool] = []
         if accumulate:
-            yield
+            yield outcome
             return
         modules = [module for ref in self._wrapped if (module := ref()) is not None]
         reduced = {id(p) for module in modules for p in module.parameters()}
         with contextlib.ExitStack() as stack:
-            if some or self.lacking:
+            if roots is not None:
                 for module in modules:
-                    stack.enter_context(self._all_arriving(module, parameters))
-            yield
-        self._average_grads([p for p in parameters if id(p) not in reduced])
+                    expected = [p for p in module.parameters() if p.requires_grad]
+                    if module.find_unused_parameters:
+                        used = used_by_ddp(roots, expected)
+                        expected = [p for p, yes in zip(expected, used, strict=True) if yes]
+                    stack.enter_context(self._all_arriving(expected, parameters, outcome))
+            yield outcome
+        if all(outcome):
+            self._average_grads([p for p in parameters if id(p) not in reduced])
 
     def _average_grads(self, parameters: Sequence[Tensor]) -> None:
         """The mean of every process's `.grad`, which all have of what any of them has."""
@@ -556,31 +579,36 @@ class Replicas(Together):
             torch._foreach_copy_(bucket, shaped)
 
     @contextlib.contextmanager
-    def _all_arriving(self, ddp: Any, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """DDP waits for all its parameters: those that get nothing, as a task sits out, get zero,
+    def _all_arriving(
+        self, expected: Sequence[Tensor], parameters: Sequence[Tensor], outcome: list[bool]
+    ) -> Iterator[None]:
+        """DDP waits for all these parameters: those that get nothing, as a task sits out, get zero,
         and are as they were before where no process has anything for them."""
         mine = {id(p) for p in parameters}
-        expected = [p for p in ddp.parameters() if p.requires_grad]
         before = [p.grad for p in expected]
         arrived: set[int] = set()
         hooks = [
-            p.register_post_accumulate_grad_hook(lambda p: arrived.add(id(p))) for p in expected
+            p.register_post_accumulate_grad_hook(lambda p: arrived.add(id(p)))  # type: ignore[no-untyped-call]
+            for p in expected
         ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-        flags = torch.tensor([id(p) in arrived for p in expected], dtype=torch.uint8)
-        anywhere = self.host.largest(flags).tolist()
-        if not any(anywhere):
+        if not all(outcome):
             # The step is left out.
             return
         left = [p for p in expected if id(p) not in arrived and id(p) in mine]
         if left:
+            # Before anything else is sent: DDP sends as soon as a bucket is full.
             torch.autograd.backward(left, [torch.zeros_like(p) for p in left])
-        for p, grad, there in zip(expected, before, anywhere, strict=True):
-            if not there and id(p) in mine:
+        places = {id(p): k for k, p in enumerate(parameters)}
+        anywhere = torch.zeros(len(parameters), dtype=torch.uint8)
+        anywhere[[places[i] for i in arrived if i in places]] = 1
+        anywhere = self.host.largest(anywhere)
+        for p, grad in zip(expected, before, strict=True):
+            if id(p) in places and not anywhere[places[id(p)]]:
                 p.grad = grad
 
 
@@ -614,7 +642,7 @@ def find_processes(
         aggregator: whose random numbers become the same everywhere.
 
     Raises:
-        ValueError: replicas whose parameters are not the same.
+        ValueError: replicas whose parameters are not the same; or a wrapper that is not supported.
     """
     if not (dist.is_available() and dist.is_initialized()) or process_group == "local":
         return Alone()
@@ -640,6 +668,11 @@ def find_processes(
     group = process_group if process_group is not None else wrapped[0].process_group
     if dist.get_world_size(group) == 1:
         return Alone()
+    if any(ddp.static_graph for ddp in wrapped):
+        raise ValueError(
+            "DistributedDataParallel must have static_graph=False, found True, under which the "
+            "first backward pass has to be the only one; use find_unused_parameters=True"
+        )
     processes = Replicas(group, wrapped)
     processes.check_same(parameters)
     processes.draw_alike(aggregator)
@@ -662,9 +695,21 @@ def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _ddp_modules(parameters: Sequence[Tensor]) -> list[Any]:
-    """The DDP modules of these parameters, which do not know of them."""
+    """The DDP modules of these parameters, which do not know of them.
+
+    Raises:
+        ValueError: they are of a module of FSDP1.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
     mine = {id(p) for p in parameters}
-    found = [x for x in gc.get_objects() if type(x).__mro__.count(DistributedDataParallel)]
-    return [ddp for ddp in found if any(id(p) in mine for p in ddp.parameters())]
+    kinds = DistributedDataParallel, FullyShardedDataParallel
+    found = [module for module in gc.get_objects() if issubclass(type(module), kinds)]
+    found = [module for module in found if any(id(p) in mine for p in module.parameters())]
+    if any(isinstance(module, FullyShardedDataParallel) for module in found):
+        raise ValueError(
+            "sharded parameters must be those of fully_shard (FSDP2), found a "
+            "FullyShardedDataParallel module (FSDP1)"
+        )
+    return found

@@ -874,7 +874,7 @@ class MultiTaskOptimizer(Optimizer):
             with self._undone_on_errors():
                 aggregator.prepare(len(batch.names), batch.values)
                 found = aggregator.step(evaluations)
-                with processes.completing(trained, some=False, accumulate=False):
+                with processes.completing(trained, None, accumulate=False):
                     if aggregator.gives_gradient:
                         evaluations.deliver(found)
                     else:

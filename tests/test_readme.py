@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import gradbal.nn
 from gradbal import info, list_aggregators
 from gradbal.__main__ import differences, filled, main, methods_table
 
@@ -65,3 +66,12 @@ def test_the_code_runs():
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_architecture_is_in_the_table():
+    table = README.read_text().partition("\n| `gradbal.nn` |")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    public = {name: getattr(gradbal.nn, name) for name in gradbal.nn.__all__}
+    classes = {name for name, value in public.items() if isinstance(value, type)}
+    assert sorted([*found, "MultiTaskModel"]) == sorted(classes)
+    assert all(issubclass(public[name], gradbal.nn.MultiTaskModel) for name in found)

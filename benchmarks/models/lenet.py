@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.benchmark import Network
 
-__all__ = ["LeNet"]
+__all__ = ["LeNet", "convolutions", "heads", "read", "stages"]
 
 
 class LeNet(Network):
@@ -44,3 +44,32 @@ class LeNet(Network):
     def outputs(self, features: Tensor) -> dict[str, Tensor]:
         """Map features `[B, 50]` to logits `[B, 10]` by task."""
         return {task: head(features) for task, head in self.heads.items()}
+
+
+def read(images: Tensor) -> Tensor:
+    """Grey images `[B, 1, 36, 36]`, uint8 in 0..255, as the stages take them."""
+    return images.float() / 255
+
+
+def stages(first: int, second: int, features: int) -> nn.Sequential:
+    """The LeNet's trunk in three stages, with these numbers of filters and features.
+
+    `[B, 1, 36, 36]` → `[B, first, 14, 14]` → `[B, second, 5, 5]` → `[B, features]`.
+    """
+    return nn.Sequential(
+        *convolutions(first, second),
+        nn.Sequential(nn.Flatten(), nn.Linear(second * 25, features), nn.ReLU()),
+    )
+
+
+def convolutions(first: int, second: int) -> nn.Sequential:
+    """Its convolutional stages; the last block of each is the ReLU, so that it keeps the size."""
+    return nn.Sequential(
+        nn.Sequential(nn.Sequential(nn.Conv2d(1, first, 9), nn.MaxPool2d(2)), nn.ReLU()),
+        nn.Sequential(nn.Sequential(nn.Conv2d(first, second, 5), nn.MaxPool2d(2)), nn.ReLU()),
+    )
+
+
+def heads(tasks: Sequence[str], features: int) -> dict[str, nn.Module]:
+    """A linear layer to the ten digits for each task."""
+    return {task: nn.Linear(features, 10) for task in tasks}

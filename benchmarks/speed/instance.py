@@ -9,24 +9,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.errors import MissingExtra
 from gradbal import MultiTaskOptimizer
-from gradbal.jacobian import Instance
+from gradbal.jacobian import Instance, deliver
 
 __all__ = ["COLUMNS", "MODELS", "Row", "measure"]
 
 COLUMNS = {
-    "engine": "the Gramian, and the pass of the weighted losses",
+    "engine": "the Gramian, and the gradients of the weighted losses",
     "backward": "all of MultiTaskOptimizer.backward, the method's weights too",
     "torchjd": "TorchJD's autogram.Engine(batch_dim=0), and the pass of the weighted losses",
 }
 """What is timed, each as a ratio to `losses.sum().backward()`."""
+
+_CALL = "the call"
 
 _SELDOM = 4
 """TorchJD takes part in one round of so many."""
@@ -155,8 +158,16 @@ def _measure(name: str, size: int, rounds: int, method: str) -> Row:
         losses.sum().backward()  # type: ignore[no-untyped-call]
 
     def gramian(losses: Tensor) -> Tensor:
-        found = engine.take(losses, ones, parameters, None, frozenset())
-        losses.backward(ones)  # type: ignore[no-untyped-call]
+        found = engine.take(losses, ones, parameters, None, frozenset(), retain_graph=False)
+        if found.direct:
+            pairs = engine.combined(found, ones, ones, frozenset())
+            targets, gradients = [p for p, _ in pairs], [g for _, g in pairs]
+            del pairs
+            deliver(targets, gradients, (), (), ())
+        else:
+            losses.backward(ones)  # type: ignore[no-untyped-call]
+            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+            engine.check(found, ones, ones, pairs, compare=True)
         return found.gramian
 
     def torchjd(losses: Tensor) -> Tensor:
@@ -209,22 +220,29 @@ def _measure(name: str, size: int, rounds: int, method: str) -> Row:
         size,
         sum(p.numel() for p in parameters),
         {c: statistics.median(ratios[c]) if c in ratios else None for c in COLUMNS},
-        {v: _peak(run, losses_for(v)) for v, run in variants.items()},
+        {v: _peak(run, partial(losses_for, v)) for v, run in variants.items()},
         difference,
         reason,
     )
 
 
-def _peak(run: Variant, losses: Tensor) -> int:
-    """Bytes of the CPU's allocator at the peak of one call, over what was there before."""
+def _peak(run: Variant, losses: Callable[[], Tensor]) -> int:
+    """Bytes of the CPU's allocator at the peak of one call, over what was there before.
+
+    The losses are made under the profiler too: what the call frees of their graph counts.
+    """
     # Kineto reports on stderr that there is no driver, and every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(losses)
+        of_model = losses()
+        with record_function(_CALL):
+            run(of_model)
     events = profiler.profiler.kineto_results.events()
     live = peak = 0
     for event in sorted(events, key=lambda event: int(event.start_ns())):
-        if event.name() == "[memory]":
+        if event.name() == _CALL:
+            live = peak = 0
+        elif event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
     return peak

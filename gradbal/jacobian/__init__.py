@@ -25,6 +25,7 @@ from gradbal.jacobian.graph import (
     reached_parameters,
     shared_indices,
     there,
+    used_by_ddp,
 )
 from gradbal.jacobian.instance import FoundInstances, Instance
 from gradbal.jacobian.layerwise import Layerwise
@@ -39,7 +40,7 @@ from gradbal.jacobian.products import (
     upload,
     wants_exact,
 )
-from gradbal.jacobian.rows import Rows
+from gradbal.jacobian.rows import Rows, deliver
 from gradbal.jacobian.sketch import Sketch, Sketched
 from gradbal.jacobian.sums import WeightedSum
 from gradbal.jacobian.vmap import VMap
@@ -74,6 +75,7 @@ __all__ = [
     "check_dense",
     "combine",
     "cross_gramian",
+    "deliver",
     "gradients",
     "gradients_of",
     "gramian",
@@ -83,5 +85,6 @@ __all__ = [
     "shared_indices",
     "there",
     "upload",
+    "used_by_ddp",
     "wants_exact",
 ]

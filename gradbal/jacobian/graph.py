@@ -32,6 +32,7 @@ __all__ = [
     "refuse_reentrant",
     "shared_indices",
     "there",
+    "used_by_ddp",
 ]
 
 Reach = tuple[bool, ...]
@@ -39,6 +40,10 @@ Reach = tuple[bool, ...]
 
 Root = tuple[Tensor | GradientEdge, Tensor]
 """Where a loss's backward pass starts, and with which cotangent."""
+
+
+_DDP = "_DDPSinkBackward"
+"""The node that all outputs of a DDP module with unused parameters go through."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,44 @@ def reached_parameters(
                     seen.add(edge)
                     stack.extend(edges_onward(node, edge[1]))
                 continue
+            if node.name() == _DDP:
+                # All that a DDP module returns goes through one node, and nothing mixes there.
+                seen.remove(node)
+                if edge not in seen:
+                    seen.add(edge)
+                    stack.append(node.next_functions[edge[1]])
+                continue
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) in leaves:
                 found[leaves[id(leaf)]] = True
             stack.extend(node.next_functions)
         result.append(tuple(found))
     return result
+
+
+def used_by_ddp(roots: Sequence[Root | Absent], parameters: Sequence[Tensor]) -> Reach:
+    """Which parameters some output of the DDP modules reaches that the losses were made from.
+
+    That is what a module with `find_unused_parameters=True` waits for, whether or not there is a
+    loss of that output.
+    """
+    outputs: list[GradientEdge] = []
+    seen: set[Node] = set()
+    stack = [
+        get_gradient_edge(start).node if isinstance(start, Tensor) else start.node
+        for start, _ in there(roots)
+    ]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        onward = [(child, nr) for child, nr in node.next_functions if child is not None]
+        if node.name() == _DDP:
+            outputs += [GradientEdge(child, nr) for child, nr in onward]
+        stack += [child for child, _ in onward]
+    found = reached_parameters(outputs, parameters)
+    return tuple(map(any, zip(*found, strict=True))) if found else (False,) * len(parameters)
 
 
 def there(roots: Sequence[Root | Absent]) -> list[Root]:

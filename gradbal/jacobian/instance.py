@@ -3,27 +3,33 @@
 Where instances do not mix, one pass finds the gradient of every instance's loss at the output of
 every layer. Which rows are whose is found by experiment: at the first step, wherever the graph has
 changed or sends rows about by the data, and now and then.
+
+A second pass, of the weighted losses, arrives at the result and tells whether rows are still whose
+they were. It is left out where the operations of the graph alone show that they must be, whatever
+the data, and where a few steps of such a graph have had both: then the result is put together from
+what the layers hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from gradbal.jacobian.fingerprint import fingerprint, sends_rows_about
+from gradbal.jacobian.gramian_sum import GramianSum
 from gradbal.jacobian.graph import check_dense, shared_indices
-from gradbal.jacobian.layers import Layer, find_layers, owned
-from gradbal.jacobian.owners import Codes, Owners, Reading, merged
-from gradbal.jacobian.per_instance import Outer, Part, in_float64, is_half, leading, masked, parts
+from gradbal.jacobian.held import Held
+from gradbal.jacobian.instance_step import InstanceStep, step_of
+from gradbal.jacobian.layers import Layer
+from gradbal.jacobian.looks import AGREED, Known, look_at, ways_to
+from gradbal.jacobian.per_instance import Part, is_half, masked, parts
 from gradbal.jacobian.products import gramian, no_autocast
-from gradbal.jacobian.strays import Path, candidates, carries, paths, stray_part
-from gradbal.jacobian.walk import Walk, walk
+from gradbal.jacobian.strays import stray_part
 
 __all__ = ["FoundInstances", "Instance"]
 
@@ -31,6 +37,9 @@ _SAFE_SQUARES = (1e-25, 1e35)
 
 _REMEMBERED = 64
 """Structures of graphs that are remembered."""
+
+_BLOCK = 1 << 12
+"""Entries whose squares float32 may add up."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,9 @@ class FoundInstances:
     extremes: `[B]`, an entry that is not finite where an instance's gradient of the other
     parameters is not. doubt: 0-dim, whether a row has a gradient that never had one when looked at;
     None where there is no such row. tolerance: how far rounding may take `|d|²` from `wᵀGw`.
-    exact: whether products were in float64.
+    exact: whether products were in float64. held: what the result can be put together from, or
+    None. direct: whether it is to be; the graph is then kept only if that was asked for. known: of
+    the graph.
     """
 
     gramian: Tensor
@@ -50,6 +61,9 @@ class FoundInstances:
     doubt: Tensor | None
     tolerance: float
     exact: bool
+    held: Held | None = None
+    direct: bool = False
+    known: Known | None = None
 
     def leaves_range(self, host: Tensor) -> bool:
         """Whether squares were too small or too large for float32; `host` is the Gramian there."""
@@ -59,84 +73,18 @@ class FoundInstances:
         return not (self.exact or bool((safe | zero).all() and safe.any()))
 
 
-@dataclass
-class _Known:
-    """What was found out about graphs of one structure.
-
-    owners: of the rows, by the node's place in the walk. silent: the places of nodes that no
-    gradient came to. n_steps: how often it was met.
-    """
-
-    owners: dict[int, Owners] = field(default_factory=dict)
-    silent: frozenset[int] = frozenset()
-    n_steps: int = 0
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The losses of one step and their graph.
-
-    losses: `[B]`. factors: `[B]`, their cotangents. parameters: all that are trained. layers: those
-    with such parameters. strays: indices of the parameters in no layer. place: node → its place in
-    the walk.
-    """
-
-    losses: Tensor
-    factors: Tensor
-    parameters: Sequence[Tensor]
-    graph: Walk
-    layers: list[Layer]
-    strays: list[int]
-    place: dict[Node, int]
-
-    def visit(self, visitors: Mapping[Node, Callable[[Tensor], None]], factors: Tensor) -> None:
-        """One backward pass that hands the gradient at each node's output to its visitor.
-
-        It goes no further than it must, and a gradient is gone when its visitor returns, but for
-        those where it ends.
-        """
-        ahead: dict[Node, bool] = {}
-        ends = []
-        for node in reversed(self.graph.order):
-            below = any(ahead[source] for source, _ in node.next_functions if source is not None)
-            if node in visitors and not below:
-                ends.append(node)
-            ahead[node] = below or node in visitors
-        final = set(ends)
-
-        def visited(node: Node, gradients: tuple[Any, ...]) -> None:
-            if gradients[0] is not None:
-                visitors[node](gradients[0])
-
-        handles = [
-            node.register_prehook(partial(visited, node)) for node in visitors if node not in final
-        ]
-        edges: list[Any] = [GradientEdge(node, 0) for node in ends]
-        if not edges:
-            return
-        try:
-            found = torch.autograd.grad(
-                self.losses, edges, factors, retain_graph=True, allow_unused=True
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
-        for node, gradient in zip(ends, found, strict=True):
-            if gradient is not None:
-                visitors[node](gradient)
-
-    def leaf(self, k: int) -> Node:
-        """The node of a parameter."""
-        return self.graph.leaves[k]
-
-
 class Instance:
-    """Finds the Gramian of B losses of single instances in one backward pass."""
+    """Finds the Gramian of B losses of single instances in one backward pass.
+
+    Each loss must come from its own instance alone. Hooks on inner tensors are called with the
+    gradients of all instances at once, and have to treat each row by itself: in steps of one pass
+    that is looked at now and then.
+    """
 
     name = "instance"
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self._known: dict[int, Known] = {}
         self._moved: Tensor | None = None
 
     def take(
@@ -149,8 +97,11 @@ class Instance:
         *,
         look: bool = False,
         exact: bool = False,
+        retain_graph: bool = True,
     ) -> FoundInstances:
-        """The Gramian of the gradients of `factors · losses`; the graph is kept.
+        """The Gramian of the gradients of `factors · losses`.
+
+        The graph is kept where another pass has to follow, which the result tells.
 
         Args:
             losses: `[B]`, one for each instance.
@@ -160,61 +111,129 @@ class Instance:
             sit_out: instances whose row and column are left zero.
             look: find out anew which rows are whose.
             exact: multiply in float64, where squares would leave the range of float32.
+            retain_graph: keep the graph even where no other pass has to follow.
 
         Raises:
             ValueError: no parameter is reached, a sparse gradient, or instances that mix.
         """
         device = losses.device
-        step = _step(losses, _without(factors, sit_out), parameters)
+        step = step_of(losses, _without(factors, sit_out), parameters)
         reach = step.graph.reach(1, len(parameters))
         chosen = shared_indices(parameters, reach, shared_parameters)
         with torch.no_grad(), no_autocast(losses.device):
-            total = _Sum(len(losses), device, frozenset(chosen), exact)
+            total = GramianSum(len(losses), device, frozenset(chosen), exact)
             doubts: list[Tensor] | None = []
+            known, held, direct = None, None, False
             if len(losses) == 1:
                 _take_one(step, total)
             else:
-                known = self._known_of(step, look)
-                doubts = _collect(step, known, total.add)
+                known, is_new = self._known_of(step, look)
+                if known.certain and not step.strays:
+                    held = Held(parameters)
+                    direct = not (is_new or exact or self._moved is not None) and known.agrees()
+                doubts = _collect(step, known, total.add, held, retain_graph or not direct)
                 if doubts is None:
-                    total = _Sum(len(losses), device, frozenset(chosen), exact)
-                    _look(step, known)
-                    doubts = _collect(step, known, total.add)
-        g, extremes = total.shared, total.others.diagonal()
-        if sit_out:
-            taken = _mask(len(losses), sit_out, device)
-            g = torch.where(taken & taken[:, None], g, 0.0)
-            extremes = torch.where(taken, extremes, 0.0)
+                    total = GramianSum(len(losses), device, frozenset(chosen), exact)
+                    look_at(step, known)
+                    held = Held(parameters) if known.certain else None
+                    doubts = _collect(step, known, total.add, held)
+        shared = [parameters[k] for k in chosen]
+        taken = _mask(len(losses), sit_out, device) if sit_out else None
+        g, extremes = total.close(taken)
         if self._moved is not None:
             doubts = [*(doubts or []), self._moved]
             self._moved = None
         doubt = torch.stack([d.to(device) for d in doubts]).any() if doubts else None
-        shared = [parameters[k] for k in chosen]
         tolerance = _tolerance(losses, shared, total.narrow)
         exact = exact or losses.dtype == torch.float64
-        return FoundInstances(g, shared, extremes, doubt, tolerance, exact)
+        return FoundInstances(g, shared, extremes, doubt, tolerance, exact, held, direct, known)
 
-    def check(self, found: FoundInstances, weights: Tensor, gradients: Sequence[Tensor]) -> None:
+    def exactly(self, found: FoundInstances, sit_out: frozenset[int]) -> FoundInstances:
+        """The same with products in float64, of a step that needs no other pass."""
+        assert found.held is not None
+        parameters, device = found.held.parameters, found.gramian.device
+        shared = {id(p) for p in found.shared}
+        chosen = frozenset(k for k, p in enumerate(parameters) if id(p) in shared)
+        total = GramianSum(len(found.gramian), device, chosen, exact=True)
+        with torch.no_grad(), no_autocast(device):
+            for each in found.held.parts():
+                total.add(each)
+        taken = _mask(len(found.gramian), sit_out, device) if sit_out else None
+        g, extremes = total.close(taken)
+        return replace(found, gramian=g, extremes=extremes, exact=True)
+
+    def combined(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        sit_out: frozenset[int],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Parameters and their gradients of `Σ_b w_b ℓ_b`, from what is held.
+
+        Args:
+            found: of this step.
+            weights, other_weights: `[B]`, for the shared parameters and for the others.
+            sit_out: instances that do not count.
+        """
+        held = found.held
+        assert held is not None
+        shared = {id(p) for p in found.shared}
+        taken = None
+        if sit_out:
+            taken = _mask(len(weights), sit_out, weights.device)
+            weights, other_weights = (torch.where(taken, w, 0.0) for w in (weights, other_weights))
+        each = {
+            k: weights if id(p) in shared else other_weights for k, p in enumerate(held.parameters)
+        }
+        with torch.no_grad(), no_autocast(weights.device):
+            return held.combined(each, taken)
+
+    def check(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        *,
+        compare: bool = False,
+    ) -> None:
         """Whether `|d|² = wᵀGw`, as it has to be if every row is still whose it was.
 
         That is not waited for on an accelerator: rows are then looked at at the next step.
 
         Args:
             found: of this step.
-            weights: w `[B]`.
-            gradients: d, of the shared parameters.
+            weights, other_weights: w `[B]`, for the shared parameters and for the others.
+            gradients: d, by parameter.
+            compare: whether they are of a second pass, with which what is held has to agree before
+                it does alone.
 
         Raises:
             ValueError: it is not.
         """
-        g, w = found.gramian, weights.to(found.gramian)
-        wide = [d.double() if found.exact or is_half(d) else d for d in gradients]
-        if not wide:
+        g, w, known = found.gramian, weights.to(found.gramian), found.known
+        is_host = _on_host(g)
+        agrees = known is not None and known.n_agreed >= AGREED
+        compare = compare and found.held is not None
+        if not is_host and (found.direct or (compare and agrees)):
+            # Nothing that has to be read is left over for the next step, so it can be direct.
             return
-        square = torch.stack([n.to(g) for n in torch._foreach_norm(wide)]).square().sum()
+        shared = {id(p) for p in found.shared}
+        chosen = [d for p, d in gradients if id(p) in shared]
+        if not chosen:
+            return
+        square = _square(chosen, g, found.exact)
         largest = (w.abs() * g.diagonal().sqrt()).sum().square()
         moved = (square - w @ g @ w).abs() > found.tolerance * largest
-        if g.device.type != "cpu":
+        if known is not None and compare and not (is_host and bool(moved)):
+            differs = self._differs(found, weights, other_weights, gradients, largest)
+            known.n_agreed += 1
+            if not is_host:
+                moved = moved | differs
+            elif bool(differs):
+                known.refused, known.certain = True, False
+        if not is_host:
             self._moved = moved
         elif bool(moved):
             raise ValueError(
@@ -222,6 +241,26 @@ class Instance:
                 "stay with their instances while the graph is the same, found a step at which they "
                 'do not; use jacobian="loop"'
             )
+
+    def _differs(
+        self,
+        found: FoundInstances,
+        weights: Tensor,
+        other_weights: Tensor,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        largest: Tensor,
+    ) -> Tensor:
+        """0-dim, whether what is held makes something else than these gradients."""
+        g = found.gramian
+        wanted = {id(p): d for p, d in gradients}
+        held = self.combined(found, weights, other_weights, frozenset())
+        if {id(p) for p, _ in held} != wanted.keys():
+            return torch.ones_like(largest, dtype=torch.bool)
+        with torch.no_grad():
+            apart = [d - wanted[id(p)] for p, d in held]
+        others = (other_weights.to(g).abs() * found.extremes.sqrt()).sum().square()
+        bound = found.tolerance**2 * (largest + others)
+        return ~(_square(apart, g, found.exact) <= bound)
 
     def combine(
         self,
@@ -239,7 +278,7 @@ class Instance:
             parameters: n leaf tensors that require grad.
             sit_out: instances that do not count.
         """
-        step = _step(losses, _without(torch.ones_like(weights), sit_out), parameters)
+        step = step_of(losses, _without(torch.ones_like(weights), sit_out), parameters)
         taken = _mask(len(losses), sit_out, losses.device)
         weights = torch.where(taken, weights, 0.0)
         result: list[tuple[Tensor, Tensor]] = []
@@ -251,74 +290,36 @@ class Instance:
                 result.append((p, gradient.to(p.dtype)))
 
         with torch.no_grad(), no_autocast(losses.device):
-            _collect(step, self._known_of(step, False), add)
+            _collect(step, self._known_of(step, False)[0], add)
         return result
 
-    def _known_of(self, step: _Step, look: bool) -> _Known:
-        """What is known of graphs like this one, found out anew where that is due."""
+    def _known_of(self, step: InstanceStep, look: bool) -> tuple[Known, bool]:
+        """What is known of graphs like this one, and whether it was found out anew, as where that
+        is due."""
         key = fingerprint(step.graph, step.place, step.losses, step.parameters)
-        known = self._known.pop(key, None) or _Known()
+        known = self._known.pop(key, None) or Known(sends_rows_about(step.graph))
         known.n_steps += not look
+        # Of such a graph it is only the last check that can ask for it.
+        known.refused |= look and known.certain
         # Instances may meet where they did not before, as in a hinge that was at rest.
         due = known.n_steps & (known.n_steps - 1) == 0
-        if look or due or sends_rows_about(step.graph):
-            _look(step, known)
+        is_new = look or due or known.moves
+        if is_new:
+            look_at(step, known)
         self._known[key] = known
         while len(self._known) > _REMEMBERED:
             del self._known[next(iter(self._known))]
-        return known
-
-
-class _Sum:
-    """The Gramian as it adds up, of the shared parameters and of the others."""
-
-    def __init__(self, n: int, device: torch.device, chosen: frozenset[int], exact: bool) -> None:
-        self.shared = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self.others = torch.zeros_like(self.shared)
-        self.narrow = False
-        self._chosen, self.exact = chosen, exact
-
-    def add(self, found: dict[int, Part], narrow: bool = False) -> None:
-        """Adds the parts of one layer: a weight's, and a bias's that follows it.
-
-        Args:
-            found: by the parameter's index.
-            narrow: whether they come from half precision.
-        """
-        self.narrow |= narrow
-        if self.exact:
-            found = {k: in_float64(part) for k, part in found.items()}
-        apart = {k in self._chosen for k in found}
-        first, *rest = found.values()
-        if isinstance(first, Outer) and rest and len(apart) == 1:
-            self.add_gramian(next(iter(found)), first.gramian(with_bias=True))
-            return
-        for k, part in found.items():
-            self.add_gramian(k, part.gramian())
-
-    def add_gramian(self, k: int, gram: Tensor) -> None:
-        """Adds that of parameter k."""
-        into = self.shared if k in self._chosen else self.others
-        into += gram.to(into.device)
-
-
-def _step(
-    losses: Tensor,
-    factors: Tensor,
-    parameters: Sequence[Tensor],
-) -> _Step:
-    graph = walk([losses], parameters)
-    layers = find_layers(graph, parameters)
-    inside = {k for layer in layers for k in owned(layer)}
-    strays = [k for k in sorted(graph.leaves) if k not in inside]
-    place = {node: i for i, node in enumerate(graph.order)}
-    return _Step(losses, factors.to(losses.dtype), parameters, graph, layers, strays, place)
+        return known, is_new
 
 
 def _collect(
-    step: _Step, known: _Known, add: Callable[[dict[int, Part], bool], None]
+    step: InstanceStep,
+    known: Known,
+    add: Callable[[dict[int, Part], bool], None],
+    held: Held | None = None,
+    retain_graph: bool = True,
 ) -> list[Tensor] | None:
-    """Hands over what each layer has of its shared parameters, as soon as it is there.
+    """Hands over what each layer has of its parameters, as soon as it is there, and has it held.
 
     Returns:
         For each node with rows that never had a gradient whether one has now. None if rows are not
@@ -328,7 +329,7 @@ def _collect(
     layers: dict[Node, list[Layer]] = {}
     for layer in step.layers:
         layers.setdefault(layer.node, []).append(layer)
-    ways = {k: _ways(step, k, known) for k in step.strays}
+    ways = {k: ways_to(step, k, known) for k in step.strays}
     starts = {path[0].node for each in ways.values() for path in each}
     kept: dict[Node, Tensor] = {}
     doubts: list[Tensor] = []
@@ -345,10 +346,14 @@ def _collect(
         if node in starts:
             kept[node] = gradient
         for layer in layers.get(node, ()):
-            add(parts(layer, gradient, rows, step.parameters), is_half(gradient))
+            found = parts(layer, gradient, rows, step.parameters)
+            add(found, is_half(gradient))
+            if held is not None:
+                held.add(layer, gradient, rows, found)
 
     nodes = [*layers, *(node for node in starts if node not in layers)]
-    step.visit({node: partial(visit, node) for node in nodes}, step.factors)
+    visitors = {node: partial(visit, node) for node in nodes}
+    step.visit(visitors, step.factors, retain_graph)
     if stale:
         return None
     for k, each in ways.items():
@@ -358,100 +363,25 @@ def _collect(
     return doubts
 
 
-def _look(step: _Step, known: _Known) -> None:
-    """Finds out which rows are whose.
-
-    Raises:
-        ValueError: instances mix.
-    """
-    n = len(step.losses)
-    layers = {layer.node: layer for layer in step.layers}
-    above = {node for k in step.strays for node in candidates(step.graph, step.leaf(k))}
-    base: dict[Node, Tensor] = {}
-
-    def first(node: Node, gradient: Tensor) -> None:
-        base[node] = gradient
-
-    nodes = [*layers, *(node for node in above if node not in layers)]
-    step.visit({node: partial(first, node) for node in nodes}, step.factors)
-    narrow = any(gradient.dtype == torch.float16 for gradient in base.values())
-    codes = Codes.draw(n, step.factors, 4 if narrow else 16)
-    readings = {
-        node: [Reading(g, rows, codes) for rows in _leading(layers.get(node), g)]
-        for node, g in base.items()
-    }
-
-    def again(node: Node, number: int, gradient: Tensor) -> None:
-        for reading in readings[node]:
-            reading.add(number, gradient)
-
-    for number, factors in enumerate(codes.factors):
-        visitors = {node: partial(again, node, number) for node in readings}
-        step.visit(visitors, step.factors * factors)
-    found: dict[int, Owners] = {}
-    # The one nearest to the losses tells most about where instances mix.
-    for node in sorted(readings, key=step.place.__getitem__):
-        place = step.place[node]
-        before = known.owners.get(place)
-        each = (reading.owners() for reading in readings[node])
-        told = (merged(ids, before, n, base[node].device) for ids in each if ids is not None)
-        # A row with NaN tells nothing; its single entries may.
-        owners = max((found for found in told if found is not None), key=_seen, default=None)
-        if node in layers:
-            if owners is None:
-                raise ValueError(_mixing(step, node, owned(layers[node])[0]))
-            found[place] = owners
-        elif owners is not None and (owners.n_seen > 1 or not carries(node)):
-            # What only one instance has a gradient of may belong to others at the next step.
-            found[place] = owners
-    known.owners = found
-    known.silent = frozenset(step.place[node] for node in nodes if node not in base)
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a look at a tensor waits for nothing."""
+    return tensor.device.type == "cpu"
 
 
-def _seen(owners: Owners) -> bool:
-    return owners.n_seen > 1
-
-
-def _leading(layer: Layer | None, gradient: Tensor) -> list[int]:
-    """How many dimensions of rows to try: of nodes that are not known it may be all."""
-    if layer is not None:
-        return [leading(layer, gradient)]
-    n = gradient.dim()
-    return [n - 1, n] if n > 1 else [1]
-
-
-def _ways(step: _Step, k: int, known: _Known) -> list[Path]:
-    def told(node: Node) -> bool:
-        return step.place[node] in known.owners or step.place[node] in known.silent
-
-    found = paths(step.graph, step.leaf(k), told)
-    if found is None:
-        raise ValueError(
-            'with jacobian="instance" parameters must meet the instances in a model, found one '
-            f"of shape {list(step.parameters[k].shape)} that is among the losses itself"
-        )
-    if not isinstance(found, list):
-        raise ValueError(_mixing(step, found, k))
-    return found
-
-
-def _mixing(step: _Step, node: Node, k: int) -> str:
-    shape = list(step.parameters[k].shape)
-    if any(use.output != 0 for use in step.graph.uses[node]):
-        return (
-            f'with jacobian="instance" one output of {node.name()} may be used, where a parameter '
-            f'of shape {shape} is, found several; use jacobian="loop"'
-        )
-    message = (
-        'instances must not mix with jacobian="instance", found a gradient of several at '
-        f"{node.name()}, where a parameter of shape {shape} is used"
-    )
-    if any(
-        "BatchNorm" in each.name() and getattr(each, "_saved_training", False)
-        for each in step.graph.order
-    ):
-        return f"{message}; BatchNorm in training mode mixes them: use GroupNorm, or eval()"
-    return f"{message}; each loss must come from its own instance alone"
+def _square(tensors: Sequence[Tensor], like: Tensor, exact: bool) -> Tensor:
+    """The sum of the squares of all entries: blocks in their own precision, then float64."""
+    wide = [t.double() if exact or is_half(t) else t for t in tensors]
+    blocks: list[Tensor] = []
+    for flat in (t.reshape(-1) for t in wide):
+        whole = flat.numel() // _BLOCK * _BLOCK
+        if whole:
+            norms = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1)
+            blocks.append(norms.to(like).square().sum())
+        blocks.append(flat[whole:])
+    rest = [each for each in blocks if each.dim() == 1]
+    sums = [each for each in blocks if each.dim() == 0]
+    sums += [norm.to(like).square() for norm in torch._foreach_norm(rest)]
+    return torch.stack(sums).sum()
 
 
 def _tolerance(losses: Tensor, shared: Sequence[Tensor], narrow: bool) -> float:
@@ -461,7 +391,7 @@ def _tolerance(losses: Tensor, shared: Sequence[Tensor], narrow: bool) -> float:
     return 1e-8 if all(p.dtype == torch.float64 for p in [losses, *shared]) else 1e-4
 
 
-def _take_one(step: _Step, total: _Sum) -> None:
+def _take_one(step: InstanceStep, total: GramianSum) -> None:
     """A single instance has nothing to mix with."""
     reached = sorted(step.graph.leaves)
     chosen = [step.parameters[k] for k in reached]

@@ -69,7 +69,7 @@ class Norm:
     Attributes:
         node: where δ arrives, of the shape of x̂.
         weight, bias: indices of the parameters; no bias where it is not the layer's alone.
-        normalized: computes x̂.
+        normalized: computes x̂, in memory of its own.
         dims: the dimensions of x̂ that weight and bias run along.
         mixes: whether x̂ of one instance depends on the others, as in training with BatchNorm.
     """
@@ -233,7 +233,7 @@ class _Finder:
             return []
 
         def normalized() -> Tensor:
-            return (inputs - mean) * scale
+            return (inputs - mean).mul_(scale)
 
         n = inputs.dim()
         return self._norm(node, shape, normalized, tuple(range(n - len(shape), n)), False)
@@ -246,7 +246,7 @@ class _Finder:
 
         def normalized() -> Tensor:
             x = inputs.reshape(len(inputs), n_groups, -1)
-            wide = (x - mean.view(-1, n_groups, 1)) * scale.view(-1, n_groups, 1)
+            wide = (x - mean.view(-1, n_groups, 1)).mul_(scale.view(-1, n_groups, 1))
             return wide.view(inputs.shape)
 
         return self._norm(node, (inputs.shape[1],), normalized, (1,), False)
@@ -267,7 +267,7 @@ class _Finder:
         shape = (1, -1) + (1,) * (inputs.dim() - 2)
 
         def normalized() -> Tensor:
-            return (inputs - mean.view(shape)) * scale.view(shape)
+            return (inputs - mean.view(shape)).mul_(scale.view(shape))
 
         return self._norm(node, (inputs.shape[1],), normalized, (1,), mixes)
 

@@ -138,7 +138,7 @@ class Owners:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """The rows of each instance, `[B, S, …]`, of a tensor with these leading dimensions."""
-        rows = tensor.movedim(self.dim, 0)
+        rows = tensor if self.dim == 0 else tensor.movedim(self.dim, 0)
         rest = rows.shape[1:]
         if self.index is not None:
             # NaN of nobody in particular is everyone's.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradbal.jacobian.layers import Convolution, Embedding, Layer, Linear, Norm, Shift
 from gradbal.jacobian.owners import Owners
-from gradbal.jacobian.products import BLOCK, gramian
+from gradbal.jacobian.products import BLOCK, SMALL, gramian
 
 __all__ = [
     "Gathered",
@@ -37,8 +37,14 @@ _LARGE_KERNEL = 40_000
 """Entries from which on a kernel's gradients are formed from unfolded inputs: convolutions in as
 many groups as there are images are then slow."""
 
-_SMALL_IMAGE = 24_000
-"""Entries of an image's unfolded inputs up to which they are quicker."""
+_COLUMNS = 1 << 18
+"""Entries of unfolded inputs that are formed at a time."""
+
+_FEW_CHANNELS = 4
+"""Channels up to which unfolded inputs are quicker: such groups leave vector units half empty."""
+
+_SOME = 16
+"""Rows from which on forming half of a Gramian pays."""
 
 _MANY = 64
 """Rows from which on all blocks of columns together are slower than one after the other."""
@@ -59,8 +65,8 @@ class Gathered:
 
     def combine(self, weights: Tensor) -> Tensor:
         """`Σ_b w_b g_b`, in the parameter's shape; `weights [B]`."""
-        weights = weights.to(self.rows.dtype).view(-1, *(1,) * (self.rows.dim() - 1))
-        return (weights * self.rows).sum(0)
+        found = weights.to(self.rows.dtype) @ self.rows.reshape(len(self.rows), -1)
+        return found.view(self.rows.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -178,11 +184,12 @@ def masked(part: Part, taken: Tensor) -> Part:
 
 
 def _gramian(rows: Tensor) -> Tensor:
-    """`JJᵀ [B, B]`, float64. Of many rows only half of it is formed, and one block of columns after
-    the other."""
-    n = len(rows)
+    """`JJᵀ [B, B]`, float64. Of many rows only half of it is formed; of very many one block of
+    columns after the other."""
+    n, width = rows.shape
     if (
-        n < _MANY
+        n < _SOME
+        or rows.numel() <= SMALL
         or rows.dtype != torch.float32
         or rows.device.type != "cpu"
         or torch.get_float32_matmul_precision() != "highest"
@@ -190,9 +197,20 @@ def _gramian(rows: Tensor) -> Tensor:
         return gramian(rows)
     half = n // 2
     found = torch.zeros(n, n, dtype=torch.float64)
-    for block in torch.split(rows, 2 * BLOCK, 1):
-        found[:half] += block[:half] @ block.mT
-        found[half:, half:] += block[half:] @ block[half:].mT
+    if n >= _MANY:
+        for block in torch.split(rows, 2 * BLOCK, 1):
+            found[:half] += block[:half] @ block.mT
+            found[half:, half:] += block[half:] @ block[half:].mT
+    else:
+        whole = width // BLOCK * BLOCK
+        for some in torch.split(rows[:, :whole], max(1, _PIECE // (n * BLOCK)) * BLOCK, 1):
+            blocks = some.view(n, -1, BLOCK).transpose(0, 1)
+            upper, lower = blocks[:, :half], blocks[:, half:]
+            found[:half] += torch.bmm(upper, blocks.mT).sum(0, dtype=torch.float64)
+            found[half:, half:] += torch.bmm(lower, lower.mT).sum(0, dtype=torch.float64)
+        rest = rows[:, whole:]
+        found[:half] += rest[:half] @ rest.mT
+        found[half:, half:] += rest[half:] @ rest[half:].mT
     found[half:, :half] = found[:half, half:].mT
     return found
 
@@ -225,9 +243,9 @@ def parts(
     if isinstance(layer, Convolution):
         return _convolution(layer, d, owners)
     if isinstance(layer, Norm):
-        found: dict[int, Part] = {
-            layer.weight: _sums(d * wide(layer.normalized()), owners, layer.dims)
-        }
+        normalized = wide(layer.normalized())
+        product = normalized.mul_(d) if normalized.dtype == d.dtype else normalized * d
+        found: dict[int, Part] = {layer.weight: _sums(product, owners, layer.dims)}
         if layer.bias is not None:
             found[layer.bias] = _sums(d, owners, layer.dims)
         return found
@@ -251,10 +269,16 @@ def _sums(tensor: Tensor, owners: Owners, dims: tuple[int, ...]) -> Gathered:
     if dims == (1,) and tensor.dim() > 2:
         tensor = tensor.flatten(2).sum(2)
     kept = [tensor.shape[k] for k in dims]
-    rows = tensor.movedim(dims, tuple(range(-len(dims), 0)))
+    last = tuple(range(tensor.dim() - len(dims), tensor.dim()))
+    rows = tensor if dims == last else tensor.movedim(dims, last)
     # The rows' own dimension is before those, so it is still where it was.
     apart = owners.apart(rows)
-    return Gathered(apart.reshape(owners.n, -1, math.prod(kept)).sum(1).view(owners.n, *kept))
+    return Gathered(_added(apart.reshape(owners.n, -1, math.prod(kept))).reshape(owners.n, *kept))
+
+
+def _added(rows: Tensor) -> Tensor:
+    """The sum of each instance's rows `[B, S, …]`."""
+    return rows[:, 0] if rows.shape[1] == 1 else rows.sum(1)
 
 
 def _linear(
@@ -278,17 +302,17 @@ def _convolution(layer: Convolution, d: Tensor, owners: Owners) -> dict[int, Par
     if layer.bias is not None:
         found[layer.bias] = _sums(d, owners, (1,))
     x, kernel = wide(layer.inputs), layer.kernel
-    positions, size = d.shape[2:].numel(), kernel.shape[2:].numel()
-    unfolds = size == 1 or kernel.numel() > _LARGE_KERNEL
-    unfolds = unfolds or positions * size * kernel.shape[1] <= _SMALL_IMAGE
-    if unfolds and layer.groups == 1 and not layer.is_transposed:
-        columns = _unfolded(layer, x)
-        n = owners.n
+    unfolds = kernel.shape[2:].numel() == 1 or kernel.numel() > _LARGE_KERNEL
+    unfolds = unfolds or kernel.shape[1] <= _FEW_CHANNELS
+    unfolds = unfolds and layer.groups == 1 and not layer.is_transposed
+    if unfolds and len(x) * kernel.numel() > _PIECE:
+        columns, n = _unfolded(layer, x), owners.n
         a = owners.apart(columns).movedim(-1, -2).reshape(n, -1, columns.shape[1])
         apart = owners.apart(d.flatten(2)).movedim(-1, -2).reshape(n, -1, d.shape[1])
         found[layer.weight] = Outer(a, apart, False, kernel.shape)
     else:
-        found[layer.weight] = Gathered(owners.apart(_kernels(layer, x, d)).sum(1))
+        of_images = (_kernels_unfolded if unfolds else _kernels)(layer, x, d)
+        found[layer.weight] = Gathered(_added(owners.apart(of_images)))
     return found
 
 
@@ -309,8 +333,9 @@ def _unfolded(layer: Convolution, x: Tensor) -> Tensor:
 def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
     """The gradient of the kernel from each image alone, `[N, *kernel]`: one convolution whose
     groups are the images."""
-    n, kernel = len(x), layer.kernel.to(x.dtype)
-    grouped = kernel.expand(n, *kernel.shape).flatten(0, 1)
+    n, kernel = len(x), layer.kernel
+    # Its shape is all that counts for its gradient.
+    grouped = x.new_empty(n * kernel.shape[0], *kernel.shape[1:])
     found: Tensor = torch.ops.aten.convolution_backward(
         d.reshape(1, -1, *d.shape[2:]),
         x.reshape(1, -1, *x.shape[2:]),
@@ -325,6 +350,23 @@ def _kernels(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
         [False, True, False],
     )[1]
     return found.view(n, *kernel.shape)
+
+
+def _kernels_unfolded(layer: Convolution, x: Tensor, d: Tensor) -> Tensor:
+    """The same from unfolded inputs, of a few images at a time."""
+    kernel = layer.kernel
+    each = kernel[0].numel() * d.shape[2:].numel()
+    found = []
+    for images, gradients in zip(
+        *(torch.split(t, max(1, _COLUMNS // each)) for t in (x, d)), strict=True
+    ):
+        columns, flat = _unfolded(layer, images), gradients.flatten(2)
+        # The wider of the two first is quicker.
+        if columns.shape[1] > flat.shape[1]:
+            found.append(torch.bmm(columns, flat.mT).mT)
+        else:
+            found.append(torch.bmm(flat, columns.mT))
+    return torch.cat(found).reshape(-1, *kernel.shape)
 
 
 def _table(layer: Embedding, d: Tensor, owners: Owners, parameter: Tensor) -> Table:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
+from benchmarks.architectures import Kit, Part, architectures
 from benchmarks.benchmark import Benchmark, Measure, Network, Preset, Settings, Split, Splits, Task
 from benchmarks.catalog import BENCHMARKS
 
@@ -27,6 +28,40 @@ class TinyModel(Network):
 
     def outputs(self, z):
         return {task: head(z).squeeze(-1) for task, head in self.heads.items()}
+
+
+class TinyHead(nn.Module):
+    """A head of the tiny model."""
+
+    def __init__(self, features, width):
+        super().__init__()
+        self.linear = nn.Linear(features, width)
+
+    def forward(self, z):
+        return self.linear(z).squeeze(-1)
+
+
+def _part(width):
+    widths = {"class": 3, "size": 1}
+    return Part(
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(4, width), nn.Tanh()),
+            nn.Sequential(nn.Linear(width, width), nn.Tanh()),
+        ),
+        lambda tasks: {task: TinyHead(width, widths[task]) for task in tasks},
+        f"{width} wide",
+    )
+
+
+KIT = Kit(
+    encode=lambda inputs: 2 * inputs,
+    whole=_part(8),
+    half=_part(4),
+    expert=_part(2),
+    experts=4,
+    selected=2,
+    gates=lambda: [(None, 4), (None, 2)],
+)
 
 
 def _split(count, seed):
@@ -59,6 +94,7 @@ TINY = Benchmark(
     },
     load=_load,
     build=TinyModel,
+    architectures=architectures(KIT),
 )
 
 

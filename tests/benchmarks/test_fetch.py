@@ -118,6 +118,57 @@ def test_without_npm(tmp_path, monkeypatch, archive):
         fetch(archive, tmp_path / "cache")
 
 
+@pytest.fixture
+def sdist(tmp_path):
+    """A source distribution whose setup.py must not be run, and where pip finds it."""
+    made = tmp_path / "index"
+    made.mkdir()
+    path = made / "some-data-1.0.0.tar.gz"
+    ran = tmp_path / "ran"
+    files = {
+        "setup.py": f"open({str(ran)!r}, 'w').close(); raise SystemExit('must not run')",
+        "PKG-INFO": "Metadata-Version: 1.0\nName: some-data\nVersion: 1.0.0\n",
+        "rows.csv": "1,2\n",
+    }
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"some-data-1.0.0/{name}")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    return path
+
+
+def _offline(monkeypatch, folder):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+
+
+def test_a_source_distribution_is_fetched_and_not_run(tmp_path, monkeypatch, sdist):
+    _offline(monkeypatch, sdist.parent)
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    archive = Archive("pypi", "some-data", "1.0.0", digest)
+    root = tmp_path / "cache"
+    assert read_member(Member(archive, "some-data-1.0.0/rows.csv"), root) == b"1,2\n"
+    assert not (tmp_path / "ran").exists()
+    assert [path.name for path in root.iterdir()] == ["some-data-1.0.0.tar.gz"]
+
+
+def test_a_source_distribution_that_is_not_there(tmp_path, monkeypatch, sdist):
+    _offline(monkeypatch, sdist.parent)
+    archive = Archive("pypi", "none-such", "1.0.0", "0" * 64)
+    with pytest.raises(BenchmarkError, match=r"registry within reach\? pip said: .*none-such"):
+        fetch(archive, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_without_pip(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    archive = Archive("pypi", "some-data", "1.0.0", "0" * 64)
+    with pytest.raises(BenchmarkError, match="needs pip, found none"):
+        fetch(archive, tmp_path / "cache")
+
+
 def test_failing_npm(tmp_path, npm, archive):
     script = tmp_path / "bin" / "npm"
     script.write_text("#!/bin/sh\necho 'no such   version' >&2\nexit 1\n")

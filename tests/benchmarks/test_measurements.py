@@ -13,6 +13,7 @@ from benchmarks import residuals
 from benchmarks.cli import app
 from benchmarks.jacobians import FAMILIES, SCALES, hard_jacobian
 from benchmarks.residuals import RESIDUALS, worst_residuals
+from benchmarks.speed.experts import MODELS as EXPERTS
 from benchmarks.speed.methods import PLAIN, drivable
 from benchmarks.speed.scaling import METHODS as SCALING
 from benchmarks.speed.scaling import measure as measure_scaling
@@ -42,6 +43,15 @@ def test_residuals_by_scale():
     done = run("residuals", "--jacobians", "2", "--by", "scale")
     assert done.exit_code == 0
     assert all(f"{scale:.0e} ┃" in done.output for scale in SCALES)
+
+
+def test_speed_experts():
+    done = run("speed", "experts", "--experts", "2,3", "--rounds", "1")
+    assert done.exit_code == 0
+    for name in EXPERTS:
+        assert len(re.findall(rf"│ {name} +│ +[23] │ +\d+\.\d\d │", done.output)) == 2
+    assert run("speed", "experts", "--experts", "1").exit_code != 0
+    assert "must be positive" in run("speed", "experts", "--rounds", "0").output
 
 
 def rows(family):

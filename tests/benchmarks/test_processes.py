@@ -81,7 +81,7 @@ def _lines(folder):
 
 def _metrics(folder):
     return {
-        (line["method"], line["seed"], split, task, measure): value
+        (line["architecture"], line["method"], line["seed"], split, task, measure): value
         for line in _lines(folder)
         for split in ("test", "validation")
         for task, measures in line[split].items()
@@ -134,6 +134,22 @@ def test_uneven_batches_and_every_kind_of_step(server, tmp_path):
     alone = _metrics(tmp_path / "1")
     assert len(alone) == 4 * (1 + len(METHODS))
     assert _metrics(tmp_path / "2") == pytest.approx(alone, rel=1e-5)
+
+
+def test_architectures(server, tmp_path):
+    # Noise that is drawn; a term in the losses; masks that are searched for before the training.
+    architectures = ("ltb", "dselect_k", "sparse_sharing")
+    arguments = ("tiny", "--seeds", "1", "--methods", "mean", "moml", "--architectures")
+    outs = {size: tmp_path / str(size) for size in (2, 1)}
+    runs = [
+        Run(server, tmp_path, *arguments, *architectures, "--out", out, size=size).end()
+        for size, out in outs.items()
+    ]
+    assert runs == [[0, 0], [0]]
+    found, alone = (_metrics(out) for out in outs.values())
+    assert len(alone) == 4 * (1 + 2 * (1 + len(architectures)))
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert all(line["step_time"] for line in _lines(outs[2])[1:])
 
 
 def test_a_table_goes_on_with_another_number_of_processes(server, tmp_path):

@@ -1,12 +1,12 @@
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks.errors import BadInput
 from benchmarks.multimnist import MULTIMNIST
-from benchmarks.results import Record, ResultsFile, best_by_run, fingerprint
+from benchmarks.results import Record, ResultsFile, Run, best_by_run, fingerprint
 
 RECORD = Record(
     benchmark="b",
@@ -68,6 +68,14 @@ def test_json_that_is_no_record_is_counted(tmp_path):
     assert results.read() == ([], 2)
 
 
+def test_a_line_from_before_sizes_were_written(tmp_path):
+    line = asdict(RECORD)
+    del line["parameters"], line["step_seconds"]
+    results = ResultsFile(tmp_path)
+    results.path.write_text(json.dumps(line) + "\n")
+    assert results.read() == ([RECORD], 0)
+
+
 def test_writers_at_the_same_time_lose_nothing(tmp_path):
     files = [ResultsFile(tmp_path) for _ in range(4)]
 
@@ -95,18 +103,22 @@ def test_a_good_run_is_preferred_then_the_latest():
     failed = replace(RECORD, error="ValueError: old", test={})
     failed_again = replace(failed, error="ValueError: new")
     better = replace(RECORD, train_seconds=3.0)
-    key = ("mgda", 0)
+    other = replace(RECORD, architecture="b")
+    key = Run("mgda", 0, "a")
     assert best_by_run([failed, failed_again])[key] == failed_again
     assert best_by_run([RECORD, failed])[key] == RECORD
     assert best_by_run([failed, RECORD, better])[key] == better
+    assert best_by_run([RECORD, other]) == {key: RECORD, Run("mgda", 0, "b"): other}
 
 
 def test_fingerprint_follows_settings_revision_and_versions(monkeypatch):
     settings = MULTIMNIST.presets["quick"].settings
     mine = fingerprint(MULTIMNIST, settings)
     assert mine == fingerprint(MULTIMNIST, replace(settings))
+    assert mine == fingerprint(MULTIMNIST, settings, "lenet")
     found = {
         mine,
+        fingerprint(MULTIMNIST, settings, "mmoe"),
         fingerprint(MULTIMNIST, replace(settings, epochs=7)),
         fingerprint(MULTIMNIST, replace(settings, data="mnist")),
         fingerprint(replace(MULTIMNIST, revision=99), settings),
@@ -114,4 +126,4 @@ def test_fingerprint_follows_settings_revision_and_versions(monkeypatch):
     }
     monkeypatch.setattr("benchmarks.results.version", lambda package: "0.0.0")
     found.add(fingerprint(MULTIMNIST, settings))
-    assert len(found) == 6
+    assert len(found) == 7

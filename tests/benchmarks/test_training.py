@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradbal
-from benchmarks.timing import step_time_ratios
+from benchmarks.timing import Contestant, StepTime, step_times
 from benchmarks.training import Learner, batches, evaluate, steps_per_run, train
 from tests.benchmarks.conftest import TINY
 
@@ -99,32 +99,47 @@ def test_evaluate_agrees_with_a_count_by_hand(monkeypatch):
     assert found["size"]["mse"] == pytest.approx(errors.square().mean().item())
 
 
-def test_step_times_are_ratios_to_the_plain_sum(monkeypatch):
-    durations = {None: 2.0, "sum": 3.0, "mgda": 5.0}
+@pytest.mark.parametrize(
+    ("threads", "size", "clock"),
+    [(1, 1, "process_time"), (2, 1, "perf_counter"), (1, 2, "perf_counter")],
+)
+def test_step_times_are_ratios_to_the_plain_sum(monkeypatch, threads, size, clock):
+    durations = {(None, "linear"): 2.0, ("sum", "linear"): 3.0, ("mgda", "hps"): 5.0}
     now = 0.0
 
     class Recorder:
-        def __init__(self, benchmark, settings, tasks, method, seed, team):
-            self.method = method
+        def __init__(self, benchmark, settings, tasks, method, seed, architecture, team):
+            self.seconds = durations[method, architecture]
 
         def step(self, batch, held_out):
             nonlocal now
-            now += durations[self.method]
+            now += self.seconds
 
     monkeypatch.setattr("benchmarks.timing.Learner", Recorder)
-    monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(perf_counter=lambda: now))
-    rounds = []
-    found = step_time_ratios(
-        TINY, SETTINGS, SPLITS.train, ["sum", "mgda"], 4, lambda: rounds.append(1)
+    monkeypatch.setattr(
+        "benchmarks.timing.time", SimpleNamespace(perf_counter=None, process_time=None)
     )
-    assert found == {"sum": 1.5, "mgda": 2.5}
+    monkeypatch.setattr(f"benchmarks.timing.time.{clock}", lambda: now)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    rounds = []
+    contestants = [Contestant("sum", "linear"), Contestant("mgda", "hps")]
+    team = SimpleNamespace(size=size, settle=lambda error: error)
+    found = step_times(TINY, SETTINGS, SPLITS.train, contestants, 4, lambda: rounds.append(1), team)
+    assert found == dict(zip(contestants, [StepTime(1.5, 3.0), StepTime(2.5, 5.0)], strict=True))
     assert len(rounds) == 4
 
 
 def test_a_method_that_raises_has_no_step_time():
-    found = step_time_ratios(TINY, SETTINGS, SPLITS.train, ["sum", "none_such"], 1, lambda: None)
-    assert list(found) == ["sum"]
-    assert found["sum"] > 0
+    known, *unknown = contestants = [
+        Contestant("sum", "linear"),
+        Contestant("none_such", "linear"),
+        Contestant("sum", "none_such"),
+    ]
+    found = step_times(TINY, SETTINGS, SPLITS.train, contestants, 1, lambda: None)
+    assert list(found) == [known]
+    assert not found.keys() & set(unknown)
+    assert found[known].ratio > 0
+    assert found[known].seconds > 0
 
 
 METHODS = [n for n in gradbal.list_aggregators() if gradbal.info(n).promises.min_tasks <= 2]
