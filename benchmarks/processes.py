@@ -68,10 +68,14 @@ class Team:
         mine = torch.arange(count).tensor_split(self.size)[self.rank]
         return (mine, len(mine)) if len(mine) else (torch.zeros(1, dtype=torch.int64), 0)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, *, unused: bool = False) -> nn.Module:
         """The module as all processes train it together.
 
         BatchNorm would take the statistics of each process's part of the batch.
+
+        Args:
+            module: what is trained.
+            unused: whether it may have parameters that its output does not depend on.
         """
         return module
 
@@ -116,8 +120,8 @@ class _Launched(Team):
         self._store = store
         self._posts = 0
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        return DistributedDataParallel(module)
+    def wrap(self, module: nn.Module, *, unused: bool = False) -> nn.Module:
+        return DistributedDataParallel(module, find_unused_parameters=unused)
 
     def mean(self, values: Tensor) -> Tensor:
         values = values.clone()

@@ -139,8 +139,9 @@ class Learner:
     def _losses(self, batch: Split) -> tuple[Any, list[Tensor], int]:
         """Features and losses of this process's part of a batch, and how many examples it has."""
         if self._trained is None:
-            # Not before `prepare`, which trains the network on its own.
-            self._trained = self.team.wrap(_Trained(self.model))
+            # Not before `prepare`, which trains the network on its own, and may leave out parts.
+            unused = self.architecture.prepare is not None
+            self._trained = self.team.wrap(_Trained(self.model), unused=unused)
         index, count = self.team.part(len(batch))
         part = batch if count == len(batch) else take(batch, index)
         features, outputs, extras = self._trained(part.inputs)

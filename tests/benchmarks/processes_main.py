@@ -50,6 +50,14 @@ def _trouble_outside(loss):
     return failing
 
 
+def _leave_out(network, *others):
+    """Masks after which no task has anything of the second stage's weights."""
+    for task in network.model.tasks:
+        name = "1.0.weight"
+        empty = torch.zeros_like(network.model.masks[task][name])
+        network.model.set_masks(task, {name: empty})
+
+
 def main(arguments, environment):
     """Runs the command line in a process of its own, which has its own environment."""
     os.environ.update(environment)
@@ -63,7 +71,9 @@ def main(arguments, environment):
     if trouble == "loss":
         tasks = tuple(replace(task, loss=_trouble_outside(task.loss)) for task in tasks)
     presets = {name: replace(preset, settings=UNEVEN) for name, preset in TINY.presets.items()}
-    BENCHMARKS["tiny"] = replace(TINY, tasks=tasks, presets=presets)
+    pruned = replace(TINY.architectures["sparse_sharing"], prepare=_leave_out)
+    architectures = {**TINY.architectures, "pruned": pruned}
+    BENCHMARKS["tiny"] = replace(TINY, tasks=tasks, presets=presets, architectures=architectures)
     gradbal.register("troubled")(Troubled)
     training._EVALUATION_BATCH = 7
     sys.argv = ["benchmarks", *arguments]
