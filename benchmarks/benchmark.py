@@ -41,6 +41,10 @@ class Network(nn.Module):
     def set_progress(self, step: int, total: int) -> None:
         """Tells before each training step how many have been made, for networks that change."""
 
+    def has_unused(self) -> bool:
+        """Whether there are parameters that no output depends on."""
+        return False
+
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """By task, its output."""
         return self.outputs(self.features(inputs))

@@ -140,8 +140,7 @@ class Learner:
         """Features and losses of this process's part of a batch, and how many examples it has."""
         if self._trained is None:
             # Not before `prepare`, which trains the network on its own, and may leave out parts.
-            unused = self.architecture.prepare is not None
-            self._trained = self.team.wrap(_Trained(self.model), unused=unused)
+            self._trained = self.team.wrap(_Trained(self.model), unused=self.model.has_unused())
         index, count = self.team.part(len(batch))
         part = batch if count == len(batch) else take(batch, index)
         features, outputs, extras = self._trained(part.inputs)

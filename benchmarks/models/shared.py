@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.benchmark import Network
-from gradbal.nn import MultiTaskModel
+from gradbal.nn import MultiTaskModel, SparseSharing
 
 __all__ = ["Shared"]
 
@@ -45,3 +45,10 @@ class Shared(Network):
     def set_progress(self, step: int, total: int) -> None:
         """Passed on to the architecture."""
         self.model.set_progress(step, total)
+
+    def has_unused(self) -> bool:
+        """Whether no task's mask has anything of some weights."""
+        if not isinstance(self.model, SparseSharing):
+            return False
+        masks = list(self.model.masks.values())
+        return any(not any(bool(of_task[name].any()) for of_task in masks) for name in masks[0])
