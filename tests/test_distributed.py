@@ -302,6 +302,62 @@ def test_two_passes_of_a_scalarizer(two: Workers) -> None:
         compare(two, "mean", how, heads="own", match_sum=True)
 
 
+def with_settings(settings: dict[str, Any], compressed: bool) -> list[Tensor]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    model = Through(Driver("upgrad").model())
+    ddp = DistributedDataParallel(model, **settings)
+    if compressed:
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "upgrad", nonfinite="drop")
+    for step in range(3):
+        opt.zero_grad()
+        opt.backward(ddp(part(Driver("upgrad").batch(step, 0))))
+        opt.step()
+    return values(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "compressed", "rtol"),
+    [
+        ({"gradient_as_bucket_view": True}, False, 1e-9),
+        ({"gradient_as_bucket_view": True, "find_unused_parameters": True}, False, 1e-9),
+        ({"bucket_cap_mb": 0.0001}, False, 1e-9),
+        # What DDP sends has eight bits of mantissa then.
+        ({}, True, 2e-2),
+    ],
+    ids=str,
+)
+def test_settings_of_ddp(
+    two: Workers, settings: dict[str, Any], compressed: bool, rtol: float
+) -> None:
+    model = Driver("upgrad").model()
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "upgrad")
+    for step in range(3):
+        opt.zero_grad()
+        opt.backward(model.losses(Driver("upgrad").batch(step, 0)))
+        opt.step()
+    for found in two.run(with_settings, settings, compressed):
+        torch.testing.assert_close(found, values(model), rtol=rtol, atol=1e-2 * rtol)
+
+
+def widths(how: str) -> tuple[int, int, torch.Size]:
+    divided = Divided("moco", how=how)
+    model, opt = divided.fresh()
+    divided.run(model, opt, range(1))
+    rows = opt._balancer.rows
+    return rows.width, opt.diagnostics()["shared"], opt.aggregator.rows.shape
+
+
+@FSDP
+def test_rows_and_state_are_sharded(two: Workers) -> None:
+    found = two.run(quietly, widths, "fsdp")
+    (own, shared, state), (others, _, _) = found
+    assert own + others == shared
+    assert max(own, others) < shared
+    assert state == (3, own)
+
+
 # Micro-batches.
 
 
