@@ -12,6 +12,7 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
+from gradbal.distributed import DistributedError
 from gradbal.optimizer import MultiTaskOptimizer, NonFiniteError
 from gradbal.registry import Info, Promises, create, info, list_aggregators, register
 
@@ -19,6 +20,7 @@ __all__ = [
     "Aggregator",
     "BilevelAggregator",
     "ClosureAggregator",
+    "DistributedError",
     "DoubleSamplingAggregator",
     "GramianAggregator",
     "Info",

@@ -412,6 +412,8 @@ class Balancer:
         self, batches: Sequence[Losses | LazyLosses], features: Tensor | None
     ) -> None:
         """Raises ValueError where several processes cannot take such a step together."""
+        if not self.processes.cannot:
+            return
         lazy = any(isinstance(batch, LazyLosses) for batch in batches)
         probes = isinstance(self.aggregator, GramianAggregator) and (
             self.aggregator.probed_parameters() is not None

@@ -67,7 +67,7 @@ def with_generator(name: str, keywords: dict[str, Any], seed: int) -> dict[str, 
 class Divided(Driver):
     """A method on this process's part of every batch; as itself in one process.
 
-    how: "ddp", "plain" replicas, "fsdp" or "alone".
+    how: "ddp", "plain" replicas, "fsdp", "hsdp" (each shard twice) or "alone".
     """
 
     how: str = "alone"
@@ -78,9 +78,15 @@ class Divided(Driver):
         whole: nn.Module = Through(model)
         if self.how == "ddp":
             whole = DistributedDataParallel(whole)
-        elif self.how == "fsdp":
-            whole = shard(whole)
-        group = {"ddp": None, "fsdp": None, "plain": dist.group.WORLD, "alone": "local"}[self.how]
+        elif self.how in ("fsdp", "hsdp"):
+            whole = shard(whole, copies=1 + (self.how == "hsdp"))
+        group = {
+            "ddp": None,
+            "fsdp": None,
+            "hsdp": None,
+            "plain": dist.group.WORLD,
+            "alone": "local",
+        }[self.how]
         # Every process would draw its own numbers.
         seed = 7 if self.how == "alone" else 7 + dist.get_rank()
         keywords = with_generator(self.name, self.keywords, seed)
@@ -112,13 +118,20 @@ class Divided(Driver):
         opt.backward(self.losses(model, call, 0), independent=others, batch_size=size)
 
 
-def shard(model: nn.Module) -> nn.Module:
+def shard(model: nn.Module, copies: int = 1) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    size = dist.get_world_size()
+    if copies == 1:
+        mesh = init_device_mesh("cpu", (size,))
+    else:
+        sizes = copies, size // copies
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards"))
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            fully_shard(module)
-    return fully_shard(model)
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def values(model: nn.Module) -> list[Tensor]:
@@ -206,6 +219,54 @@ def test_uneven_shards(four: Workers, name: str) -> None:
     compare(four, name, "fsdp")
 
 
+@FSDP
+@pytest.mark.parametrize("name", ["mean", "upgrad", "moco", "m_config", "graddrop"])
+def test_shards_that_are_copied(four: Workers, name: str) -> None:
+    """A mesh of two dimensions: two shards, and two processes with each."""
+    compare(four, name, "hsdp")
+
+
+def without_sync() -> str:
+    divided = Divided("upgrad", how="fsdp")
+    model, opt = divided.fresh()
+    divided.run(model, opt, range(1))
+    before = values(model)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(ValueError, match="set_requires_gradient_sync") as error:
+        opt.backward(divided.losses(model, Call(1, ""), 0))
+    assert all(map(torch.equal, before, values(model)))
+    return str(error.value)
+
+
+@FSDP
+def test_shards_without_sync_are_refused(two: Workers) -> None:
+    assert len(set(two.run(quietly, without_sync))) == 1
+
+
+def in_half_precision() -> list[torch.dtype]:
+    """FSDP's own mixed precision: bfloat16 in the passes, float32 shards."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = Through(Driver("upgrad").model().float())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy)
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "upgrad")
+    before = values(model)
+    for step in range(2):
+        opt.zero_grad()
+        opt.backward(model(part(Driver("upgrad").batch(step, 0)).bfloat16()))
+        opt.step()
+    assert not all(map(torch.equal, before, values(model)))
+    assert opt.gramian.isfinite().all()
+    return [p.grad.dtype for p in model.parameters()]
+
+
+@FSDP
+def test_mixed_precision_of_shards(two: Workers) -> None:
+    for found in two.run(quietly, in_half_precision):
+        assert set(found) == {torch.float32}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -239,6 +300,62 @@ def test_sketches_add_up(two: Workers, how: str) -> None:
 def test_two_passes_of_a_scalarizer(two: Workers) -> None:
     for how in ("ddp", "plain"):
         compare(two, "mean", how, heads="own", match_sum=True)
+
+
+def with_settings(settings: dict[str, Any], compressed: bool) -> list[Tensor]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    model = Through(Driver("upgrad").model())
+    ddp = DistributedDataParallel(model, **settings)
+    if compressed:
+        ddp.register_comm_hook(None, bf16_compress_hook)
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "upgrad", nonfinite="drop")
+    for step in range(3):
+        opt.zero_grad()
+        opt.backward(ddp(part(Driver("upgrad").batch(step, 0))))
+        opt.step()
+    return values(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "compressed", "rtol"),
+    [
+        ({"gradient_as_bucket_view": True}, False, 1e-9),
+        ({"gradient_as_bucket_view": True, "find_unused_parameters": True}, False, 1e-9),
+        ({"bucket_cap_mb": 0.0001}, False, 1e-9),
+        # What DDP sends has eight bits of mantissa then.
+        ({}, True, 2e-2),
+    ],
+    ids=str,
+)
+def test_settings_of_ddp(
+    two: Workers, settings: dict[str, Any], compressed: bool, rtol: float
+) -> None:
+    model = Driver("upgrad").model()
+    opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.05), "upgrad")
+    for step in range(3):
+        opt.zero_grad()
+        opt.backward(model.losses(Driver("upgrad").batch(step, 0)))
+        opt.step()
+    for found in two.run(with_settings, settings, compressed):
+        torch.testing.assert_close(found, values(model), rtol=rtol, atol=1e-2 * rtol)
+
+
+def widths(how: str) -> tuple[int, int, torch.Size]:
+    divided = Divided("moco", how=how)
+    model, opt = divided.fresh()
+    divided.run(model, opt, range(1))
+    rows = opt._balancer.rows
+    return rows.width, opt.diagnostics()["shared"], opt.aggregator.rows.shape
+
+
+@FSDP
+def test_rows_and_state_are_sharded(two: Workers) -> None:
+    found = two.run(quietly, widths, "fsdp")
+    (own, shared, state), (others, _, _) = found
+    assert own + others == shared
+    assert max(own, others) < shared
+    assert state == (3, own)
 
 
 # Micro-batches.
