@@ -586,6 +586,9 @@ class Balancer:
     def _rows_step(self, call: BackwardCall) -> bool:
         batch, scale, rows = call.batch, call.scale, self.rows
         n_tasks = len(batch.names)
+        # Shards take rows where two passes with known weights would do elsewhere.
+        in_place_of_passes = not self.needs_jacobian(call.accumulate, batch.missing)
+        reuses = in_place_of_passes and not self._refreshes(batch.missing)
         waiting = self._waiting(n_tasks, call.absent)
         sit_out = call.absent | waiting | batch.lacking
         if not rows.engine.follows_graph and rows.width is None:
@@ -604,9 +607,8 @@ class Balancer:
         if call.accumulate:
             rows.pending = True
             return True
-        refreshes = self._refreshes(batch.missing)
-        if isinstance(self.aggregator, Scalarizer) or not refreshes:
-            self._combine_gathered(pending, scale, refreshes)
+        if isinstance(self.aggregator, Scalarizer) or reuses:
+            self._combine_gathered(pending, scale, not reuses)
             return True
         self._check_columns()
         if isinstance(self.aggregator, JacobianAggregator):

@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam
 
 from gradbal import MultiTaskOptimizer
 from gradbal._closures import Closure, Evaluations, length, read_values
+from gradbal.distributed import Alone
 
 CPU = torch.device("cpu")
 
@@ -210,7 +211,7 @@ def test_values_keep_the_order_of_the_tasks_and_the_precision_of_numbers() -> No
 def test_parameters_are_back_bit_for_bit_even_after_an_error() -> None:
     p = nn.Parameter(torch.rand(1000) * 1e-3)
     before, version = p.detach().clone(), p._version
-    evaluations = Evaluations(Closure(list, [CPU]), None, [p], SGD([p], lr=1.0), None)
+    evaluations = Evaluations(Closure(list, [CPU]), None, [p], SGD([p], lr=1.0), None, Alone())
     least = 0.0
 
     def look() -> None:
@@ -229,7 +230,7 @@ def test_parameters_are_back_bit_for_bit_even_after_an_error() -> None:
 def test_half_precision_gradients_whose_sum_overflows_are_finite() -> None:
     p = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
     train = Closure(lambda: [(p * 100.0).sum()], [CPU])
-    evaluations = Evaluations(train, None, [p], SGD([p], lr=1.0), None)
+    evaluations = Evaluations(train, None, [p], SGD([p], lr=1.0), None, Alone())
     assert bool((evaluations.gradient(torch.ones(1)) == 100.0).all())
     assert bool((evaluations.jacobian() == 100.0).all())
 
@@ -241,14 +242,14 @@ def test_lengths_of_any_scale(scale: float) -> None:
     assert length([torch.zeros(2)]) == 0.0
     assert length([torch.full((10_000,), 1e3, dtype=torch.float16)]) == pytest.approx(1e5)
     p = nn.Parameter(torch.ones(4))
-    evaluations = Evaluations(Closure(list, [CPU]), None, [p], SGD([p], lr=1.0), None)
+    evaluations = Evaluations(Closure(list, [CPU]), None, [p], SGD([p], lr=1.0), None, Alone())
     assert evaluations.lengths() == (2.0, 0.0)
 
 
 def test_what_a_virtual_step_needs() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1))
     sgd = SGD([{"params": [b], "lr": 3.0}, {"params": [a]}], lr=0.5)
-    evaluations = Evaluations(Closure(list, [CPU]), None, [a, b], sgd, None)
+    evaluations = Evaluations(Closure(list, [CPU]), None, [a, b], sgd, None, Alone())
     assert evaluations.learning_rates().tolist() == [0.5, 0.5, 3.0]
     del sgd.param_groups[0]["lr"]
     with pytest.raises(ValueError, match=r"learning rate `lr` in every param group.*found a"):
@@ -258,7 +259,7 @@ def test_what_a_virtual_step_needs() -> None:
 def test_parameters_on_several_devices_and_sparse_gradients_are_refused() -> None:
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, device="meta"))
     with pytest.raises(ValueError, match="must be on one device, found cpu, meta"):
-        Evaluations(Closure(list, [CPU]), None, [a, b], SGD([a, b], lr=1.0), None)
+        Evaluations(Closure(list, [CPU]), None, [a, b], SGD([a, b], lr=1.0), None, Alone())
     table = nn.Embedding(5, 2, sparse=True)
     opt = MultiTaskOptimizer(SGD(table.parameters(), lr=0.1), "forum")
 

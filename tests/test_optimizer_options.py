@@ -164,11 +164,6 @@ def test_lbfgs_takes_no_group_of_learnable_weights() -> None:
     assert len(lbfgs.param_groups) == 1
 
 
-def test_several_processes_are_reserved() -> None:
-    with pytest.raises(NotImplementedError, match="process_group"):
-        MultiTaskOptimizer(_sgd(), process_group=object())
-
-
 def test_a_direction_without_weights_allows_less() -> None:
     class First(gradbal.JacobianAggregator):
         """The first row."""

