@@ -151,7 +151,8 @@ class Balancer:
 
     Attributes:
         engine: what takes the gradients, or finds their Gramian. auto: what picks it, or None.
-        processes: who takes the steps together.
+        processes: who takes the steps together. own_columns: whether the aggregator's state is of
+            this process's columns alone.
         jacobian_dtype: what it is kept in, where that is narrower than the parameters' dtype.
         rows: the buffer of the Jacobian.
         tasks: their names, from the first step on. varies: whether others may come at any step.
@@ -210,8 +211,7 @@ class Balancer:
         self._pending: _Pending | None = None
         self._n_shared: int | None = None
         self._graph_seen = False
-        # Whether state `[..., P]` is of this process's columns alone.
-        self._own_columns = False
+        self.own_columns = False
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
         self.unobserved: tuple[Tensor, list[int]] | None = None
@@ -396,7 +396,20 @@ class Balancer:
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups belong to their process.
-        return {**self.__dict__, "processes": Alone(), "_processes_of": None}
+        state = {**self.__dict__, "processes": Alone(), "_processes_of": None}
+        if self.processes.engine is not None:
+            self._check_nothing_pends()
+            engine = self.engine if isinstance(self.engine, RowsEngine) else Loop()
+            state["rows"] = Rows(self.shared_params, engine, dtype=self.jacobian_dtype)
+        return state
+
+    def _check_nothing_pends(self) -> None:
+        """Raises ValueError where shards of gradients wait, which belong to their process."""
+        if self.rows.pending and self.processes.engine is not None:
+            raise ValueError(
+                "gradients must not wait for more of them when the state of sharded parameters is "
+                "copied, found some; call `backward` without accumulate=True and `step` first"
+            )
 
     def find_processes(self, parameters: Sequence[Tensor], process_group: Any) -> Alone:
         """Who takes the steps together; looked for once, for the same parameters."""
@@ -443,6 +456,7 @@ class Balancer:
         Args:
             parameters: all those of the optimizer, by whose order pending gradients are named.
         """
+        self._check_nothing_pends()
         return {
             "tasks": None if self.tasks is None or self.varies else list(self.tasks),
             "loss_transform": self.loss_transform,
@@ -486,7 +500,7 @@ class Balancer:
             self._reach = [parameters[k] for k in places], known
         self._columns = None if state["columns"] is None else list(state["columns"])
         self.rows, self._pending, self.unobserved = rows, pending, unobserved
-        self._own_columns = False
+        self.own_columns = False
 
     def _reach_state(self, parameters: Sequence[Tensor]) -> list[Any] | None:
         """What is known of the tasks' reach, by the places of the parameters; a character each."""
@@ -776,18 +790,18 @@ class Balancer:
     def _take_own_columns(self, aggregator: JacobianAggregator) -> None:
         """State `[..., P]` from a checkpoint, of all columns, becomes that of this process's."""
         columns = aggregator.columns
-        if columns is None or not aggregator.per_parameter_state or self._own_columns:
+        if columns is None or not aggregator.per_parameter_state or self.own_columns:
             return
         for name in aggregator.state_names:
             value = getattr(aggregator, name)
             if isinstance(value, Tensor):
                 setattr(aggregator, name, columns.own(value))
-        self._own_columns = True
+        self.own_columns = True
 
     def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state of the aggregator with all columns, for a checkpoint."""
         aggregator = self.aggregator
-        if not (self._own_columns and isinstance(aggregator, JacobianAggregator)):
+        if not (self.own_columns and isinstance(aggregator, JacobianAggregator)):
             return state
         columns = self.processes.shards(self._columns or [])
         assert columns is not None

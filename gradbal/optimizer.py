@@ -645,6 +645,9 @@ class MultiTaskOptimizer(Optimizer):
         """
         groups, own = self._groups()
         everything = self._everything()
+        if self._balancer.own_columns:
+            # A copy has not met the others yet.
+            self._balancer.find_processes(self._trained(), self._process_group.thing)
         late = None if self._late is None else self._late.values
         before = self._state_before()
         entry = {

@@ -100,6 +100,30 @@ def test_between_backward_and_step(how: str) -> None:
         assert two.run(before_the_step, how) == [True, True]
 
 
+def copies_of_shards() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        driver = divided("moco", "fsdp")
+        model, opt = driver.fresh()
+        driver.run(model, opt, STEPS[0])
+        twin = copy.deepcopy(opt)
+        assert twin.state_dict()["param_groups"] == opt.state_dict()["param_groups"]
+        opt.backward(model(driver.batch(9, 0)), accumulate=True)
+        for take in (opt.state_dict, lambda: copy.deepcopy(opt)):
+            with pytest.raises(ValueError, match="must not wait for more of them"):
+                take()
+        opt.backward(model(driver.batch(9, 1)))
+        opt.step()
+        opt.zero_grad()
+        return isinstance(opt.state_dict(), dict)
+
+
+@FSDP
+def test_copies_of_shards() -> None:
+    with workers(2) as two:
+        assert two.run(copies_of_shards) == [True, True]
+
+
 def dies(how: str, when: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
