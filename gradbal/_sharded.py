@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from gradbal._losses import Losses
-from gradbal.distributed import Batch, ColumnShards, Roots, Spread, Together, is_sharded
+from gradbal._together import Together
+from gradbal.distributed import Batch, ColumnShards, Roots, Spread, is_sharded
 from gradbal.jacobian import Root, RowsEngine, gramian, there, upload
 
 __all__ = ["Sharded"]

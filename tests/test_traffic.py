@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from gradbal import MultiTaskOptimizer, distributed
+from gradbal import MultiTaskOptimizer, _replicas
 from tests.processes import workers
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -79,7 +79,7 @@ def counted(model: DistributedDataParallel) -> Iterator[Counter[str]]:
         n = _RING[name](tensor.numel() * tensor.element_size(), size)
         sent["small" if tensor.numel() < 256 else "rows"] += n
 
-    real = dist.all_reduce, dist.all_gather, dist.broadcast, distributed._reduce_scatter
+    real = dist.all_reduce, dist.all_gather, dist.broadcast, _replicas._reduce_scatter
 
     def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         count("all_reduce", tensor)
@@ -108,12 +108,12 @@ def counted(model: DistributedDataParallel) -> Iterator[Counter[str]]:
 
     model.register_comm_hook(None, hook)
     dist.all_reduce, dist.all_gather, dist.broadcast = all_reduce, all_gather, broadcast
-    distributed._reduce_scatter = reduce_scatter
+    _replicas._reduce_scatter = reduce_scatter
     try:
         yield sent
     finally:
         dist.all_reduce, dist.all_gather, dist.broadcast = real[:3]
-        distributed._reduce_scatter = real[3]
+        _replicas._reduce_scatter = real[3]
 
 
 def traffic(name: str, options: dict[str, Any]) -> tuple[dict[str, float], int, int]:
