@@ -85,6 +85,7 @@ def step_of(
     factors: Tensor,
     parameters: Sequence[Tensor],
 ) -> InstanceStep:
+    """What the graph of B losses `[B]`, each multiplied by its factor `[B]`, tells of a step."""
     graph = walk([losses], parameters)
     layers = find_layers(graph, parameters)
     inside = {k for layer in layers for k in owned(layer)}

@@ -151,6 +151,12 @@ def _leading(layer: Layer | None, gradient: Tensor) -> list[int]:
 
 
 def ways_to(step: InstanceStep, k: int, known: Known) -> list[Path]:
+    """The ways from parameter k to the first nodes whose rows are known to be whose.
+
+    Raises:
+        ValueError: it meets the instances nowhere.
+    """
+
     def told(node: Node) -> bool:
         return step.place[node] in known.owners or step.place[node] in known.silent
 
