@@ -175,10 +175,10 @@ class Together(Alone):
         self, values: Tensor, shares: list[float], lacking: frozenset[int], missing: frozenset[int]
     ) -> Tensor:
         """`[T]`: the whole batch's losses, NaN for tasks that are missing everywhere."""
-        c = upload(torch.tensor(shares, dtype=torch.float64), values.device)
-        parts = values.double() * c
-        if lacking:
-            parts[sorted(lacking)] = 0.0
+        mine = [0.0 if i in lacking else share for i, share in enumerate(shares)]
+        c = upload(torch.tensor(mine, dtype=torch.float64), values.device)
+        # The mean over no sample is NaN, and counts nothing.
+        parts = torch.where(c > 0, values.double() * c, 0.0)
         dist.all_reduce(parts, group=self.group)
         if missing:
             parts[sorted(missing)] = float("nan")

@@ -712,6 +712,27 @@ def empty_part(how: str) -> list[Tensor]:
     return values(model)
 
 
+def no_sample(how: str) -> list[Tensor]:
+    """The second process has no sample, so that its losses are NaN."""
+    divided = Divided("upgrad", how=how)
+    model, opt = divided.fresh()
+    for step in range(2):
+        batch = Driver("upgrad").batch(step, 0)
+        if how != "alone" and dist.get_rank() == 1:
+            batch = batch[:0]
+        opt.zero_grad()
+        opt.backward(model(batch), batch_size=len(batch))
+        opt.step()
+    return values(model)
+
+
+@pytest.mark.parametrize("how", ["ddp", "plain", pytest.param("fsdp", marks=FSDP)])
+def test_a_part_without_samples(two: Workers, how: str) -> None:
+    wanted = no_sample("alone")
+    for found in two.run(quietly, no_sample, how):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("how", ["ddp", "plain"])
 def test_an_empty_part(two: Workers, how: str) -> None:
     wanted = empty_part("alone")
