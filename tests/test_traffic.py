@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from torch.optim import SGD
 
 from gradbal import MultiTaskOptimizer, _replicas
 from tests.processes import workers
+from tests.test_distributed import FSDP
+
+if torch.__version__ >= "2.6":
+    from torch.distributed.fsdp import fully_shard
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -159,6 +164,69 @@ def test_bytes_that_are_sent(size: int) -> None:
                 assert found == pytest.approx(expected, rel=2e-3), (name, options)
                 # Whatever the model's size is.
                 assert sent["small"] < 200 * size + 64 * t * t
+
+
+def traffic_of_shards(name: str) -> tuple[float, int, int]:
+    """Bytes that FSDP sends in one step, P shared scalars, and all with what fills up shards."""
+    model = Tasks()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+            fully_shard(module)
+        fully_shard(model)
+        opt = MultiTaskOptimizer(SGD(model.parameters(), lr=0.0), name)
+        batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(dist.get_rank()))
+        opt.backward(model(batch))
+        sent, size = 0.0, dist.get_world_size()
+        real = {name: getattr(dist, name) for name in _SHARDED if hasattr(dist, name)}
+
+        def counting(name: str) -> Any:
+            def count(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+                nonlocal sent
+                sent += _RING[_SHARDED[name]](input.numel() * input.element_size(), size)
+                # One of them may be written as another.
+                put(real)
+                try:
+                    return real[name](output, input, *args, **kwargs)
+                finally:
+                    put({name: counting(name) for name in real})
+
+            return count
+
+        def put(functions: dict[str, Any]) -> None:
+            for name, function in functions.items():
+                setattr(dist, name, function)
+
+        opt.zero_grad()
+        put({name: counting(name) for name in real})
+        try:
+            opt.backward(model(batch))
+        finally:
+            put(real)
+    n_shared = sum(p.numel() for p in model.trunk.parameters())
+    # Every process has as many rows of a parameter as the one with most.
+    filled = [size * -(-p.shape[0] // size) * (p.numel() // p.shape[0]) for p in model.parameters()]
+    return sent, n_shared, sum(filled)
+
+
+_SHARDED = {
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_single": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+}
+"""What FSDP calls, by either of its names."""
+
+
+@FSDP
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_that_fsdp_sends(size: int) -> None:
+    with workers(size) as processes:
+        for name, passes in (("upgrad", 8), ("mean", 1)):
+            for sent, n_shared, n_filled in processes.run(traffic_of_shards, name):
+                # Of the heads, which the formula leaves out, a pass gathers one or two.
+                assert shards(passes, n_shared, size) <= sent <= shards(passes, n_filled, size)
+                assert sent == pytest.approx(shards(passes, n_shared, size), rel=0.12), name
 
 
 def megabytes(n: float) -> str:
