@@ -167,7 +167,7 @@ class Replicas(Together):
     ) -> Iterator[None]:
         """DDP waits for all these parameters: those that get nothing, as a task sits out, get zero,
         and are as they were before where no process has anything for them."""
-        mine = {id(p) for p in parameters}
+        places = {id(p): k for k, p in enumerate(parameters)}
         before = [p.grad for p in expected]
         arrived: set[int] = set()
         hooks = [
@@ -182,11 +182,10 @@ class Replicas(Together):
         if not all(outcome):
             # The step is left out.
             return
-        left = [p for p in expected if id(p) not in arrived and id(p) in mine]
+        left = [p for p in expected if id(p) not in arrived and id(p) in places]
         if left:
             # Before anything else is sent: DDP sends as soon as a bucket is full.
             torch.autograd.backward(left, [torch.zeros_like(p) for p in left])
-        places = {id(p): k for k, p in enumerate(parameters)}
         anywhere = torch.zeros(len(parameters), dtype=torch.uint8)
         anywhere[[places[i] for i in arrived if i in places]] = 1
         anywhere = self.host.largest(anywhere)
