@@ -63,6 +63,7 @@ class Replicas(Together):
     def __init__(self, group: dist.ProcessGroup, wrapped: Sequence[Any] = ()) -> None:
         super().__init__(group)
         self._wrapped = [weakref.ref(module) for module in wrapped]
+        self._reduced = {id(p) for module in wrapped for p in module.parameters()}
 
     def check_same(self, parameters: Sequence[Tensor]) -> None:
         """Raises ValueError unless all processes start from the same parameters."""
@@ -130,11 +131,9 @@ class Replicas(Together):
         if accumulate:
             yield outcome
             return
-        modules = [module for ref in self._wrapped if (module := ref()) is not None]
-        reduced = {id(p) for module in modules for p in module.parameters()}
         with contextlib.ExitStack() as stack:
             if roots is not None:
-                for module in modules:
+                for module in (module for ref in self._wrapped if (module := ref()) is not None):
                     expected = [p for p in module.parameters() if p.requires_grad]
                     if module.find_unused_parameters:
                         used = used_by_ddp(roots, expected)
@@ -142,7 +141,7 @@ class Replicas(Together):
                     stack.enter_context(self._all_arriving(expected, parameters, outcome))
             yield outcome
         if all(outcome):
-            self._average_grads([p for p in parameters if id(p) not in reduced])
+            self._average_grads([p for p in parameters if id(p) not in self._reduced])
 
     def _average_grads(self, parameters: Sequence[Tensor]) -> None:
         """The mean of every process's `.grad`, which all have of what any of them has."""
