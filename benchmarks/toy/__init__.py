@@ -1,0 +1,1 @@
+"""The two-objective toy of CAGrad, Nash-MTL and FAMO: `python -m benchmarks run toy`."""
