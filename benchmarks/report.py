@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import statistics
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from benchmarks.benchmark import Measure, Task
+from benchmarks.files import write_whole
 from benchmarks.metrics import delta_m, delta_p
 from benchmarks.results import Metrics, Record
 from benchmarks.runner import SINGLE_TASK, Plan
@@ -157,14 +156,6 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
         size = [row.step_seconds, row.parameters] if more else []
         writer.writerow([*fixed, row.seeds, row.failed, *numbers, row.step_time, *size])
     write_whole(path, lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        write(draft)
-        os.replace(draft, path)
 
 
 def _row(plan: Plan, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:

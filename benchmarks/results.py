@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import Any, NamedTuple
 
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.errors import BadInput
+from benchmarks.versions import versions
 
 __all__ = [
     "Metrics",
@@ -172,11 +171,6 @@ def best_by_run(records: Iterable[Record]) -> dict[Run, Record]:
         if record.error is None or key not in best or best[key].error is not None:
             best[key] = record
     return best
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"gradbal": version("gradbal"), "torch": version("torch"), "python": python_version()}
 
 
 def fingerprint(benchmark: Benchmark, settings: Settings, architecture: str | None = None) -> str:

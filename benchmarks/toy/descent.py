@@ -25,7 +25,7 @@ from benchmarks.toy.problem import Array, Toy
 from benchmarks.toy.settings import Contestant, Setting
 from gradbal.aggregators.base import BilevelAggregator, DoubleSamplingAggregator
 
-__all__ = ["NEAR", "Path", "Runner", "descend"]
+__all__ = ["NEAR", "Path", "Runner", "descend", "from_all_starts"]
 
 NEAR = 0.5
 """The gap, in percent, below which a point counts as on the front."""
@@ -185,6 +185,14 @@ def descend(
     return _Descent(setting, runs, steps).run(after_steps)
 
 
+def from_all_starts(
+    setting: Setting, steps: int, contestant: Contestant, after_steps: Callable[[int], None]
+) -> list[Path]:
+    """One contestant's trajectories; see `descend`."""
+    runs = [(contestant, start) for start in range(len(setting.starts))]
+    return descend(setting, runs, steps, after_steps)
+
+
 class _Descent:
     def __init__(
         self, setting: Setting, runs: Sequence[tuple[Contestant, int]], steps: int
@@ -277,7 +285,7 @@ class _Descent:
         for k, found_direction in direct:
             d[k] = found_direction
         norms = np.hypot(d[:, 0], d[:, 1])
-        for k in np.flatnonzero(~np.isfinite(norms)):
+        for k in np.flatnonzero(~np.isfinite(norms)).tolist():
             if self._runners[k] is not None:
                 self._fail(k, step, "the direction is not finite")
             d[k] = 0.0

@@ -100,6 +100,9 @@ SETTINGS = {
 _LEARNED = ("uw", "imtl_l", "imtl", "gradnorm")
 """Methods whose own weights have a learning rate `lr`, besides FAMO."""
 
+_CLIPPED = {"pcgrad": 1.0, "cagrad": 0.5, "graddrop": 1.0}
+"""Methods whose direction FAMO's code cuts to length 1. Its CAGrad has twice this direction."""
+
 
 def contestants(setting: Setting) -> list[Contestant]:
     """Every registered method, and those that FAMO's code clips once more with the clip."""
@@ -123,8 +126,8 @@ def contestants(setting: Setting) -> list[Contestant]:
         elif method == "stch":
             options = {"warmup_steps": 500}
         found.append(Contestant(method, method, options))
-        if method in ("pcgrad", "cagrad", "graddrop"):
-            found.append(Contestant(f"{method}+clip", method, options, clip=1.0))
+        if method in _CLIPPED:
+            found.append(Contestant(f"{method}+clip", method, options, _CLIPPED[method]))
     return found
 
 

@@ -124,6 +124,6 @@ def test_fingerprint_follows_settings_revision_and_versions(monkeypatch):
         fingerprint(replace(MULTIMNIST, revision=99), settings),
         fingerprint(replace(MULTIMNIST, name="other"), settings),
     }
-    monkeypatch.setattr("benchmarks.results.version", lambda package: "0.0.0")
+    monkeypatch.setattr("benchmarks.versions.version", lambda package: "0.0.0")
     found.add(fingerprint(MULTIMNIST, settings))
     assert len(found) == 7
