@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import shlex
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from benchmarks import launch
 from benchmarks.errors import BadInput, BenchmarkError, EndedElsewhere, one_line
+from benchmarks.known import check_known
 from benchmarks.measurements import add_commands
+from benchmarks.special import SPECIAL, name_in, special_command
 
 if TYPE_CHECKING:
     from benchmarks.benchmark import Benchmark
@@ -43,6 +44,20 @@ class ManyValues(TyperCommand):
         for option in ("--methods", "--architectures"):
             args = repeat_option(args, option)
         return super().parse_args(ctx, args)
+
+
+class RunCommand(ManyValues):
+    """`run`; the benchmarks that are not networks on data have options of their own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        name = name_in(args)
+        if name is None:
+            return super().make_context(info_name, args, parent, **extra)
+        rest = [*args[: args.index(name)], *args[args.index(name) + 1 :]]
+        command = special_command(name, ManyValues)
+        return command.make_context(f"{info_name} {name}", rest, parent, **extra)
 
 
 def repeat_option(args: Iterable[str], option: str) -> list[str]:
@@ -72,6 +87,8 @@ def list_command() -> None:
     typer.echo("Benchmarks:")
     for benchmark in BENCHMARKS.values():
         typer.echo(f"  {benchmark.name:<{width}}{benchmark.summary}")
+    for special, summary in SPECIAL.items():
+        typer.echo(f"  {special:<{width}}{summary}")
     for benchmark in BENCHMARKS.values():
         if benchmark.architectures:
             typer.echo(f"Architectures of {benchmark.name}:")
@@ -88,7 +105,7 @@ _WITH_ARCHITECTURES = ("mean", "upgrad")
 """The methods that architectures are compared with: a plain one, and one of the Gramian."""
 
 
-@app.command(cls=ManyValues)
+@app.command(cls=RunCommand)
 def run(
     name: Annotated[str, typer.Argument(help="The benchmark; see `list`.")],
     methods: Annotated[
@@ -223,12 +240,12 @@ def _plan(
     from benchmarks.catalog import BENCHMARKS
     from benchmarks.runner import HPS, SINGLE_TASK, Plan
 
-    _check_known("NAME", name, list(BENCHMARKS))
+    check_known("NAME", name, list(BENCHMARKS))
     benchmark = BENCHMARKS[name]
     named = _architectures(benchmark, architectures)
     chosen = tuple(methods or (_WITH_ARCHITECTURES if named else benchmark.methods))
     for method in chosen:
-        _check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
+        check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
         if set(named) - {HPS} and method != SINGLE_TASK and gradbal.create(method).needs_features:
             raise BadInput(
                 f"`--methods` must not name {method} beside architectures other than {HPS}, found "
@@ -251,15 +268,8 @@ def _architectures(benchmark: Benchmark, names: list[str] | None) -> tuple[str, 
             + " ".join(names)
         )
     for name in names:
-        _check_known("--architectures", name, [*benchmark.architectures, "all"])
+        check_known("--architectures", name, [*benchmark.architectures, "all"])
     return tuple(benchmark.architectures if "all" in names else names)
-
-
-def _check_known(option: str, found: str, known: list[str]) -> None:
-    if found not in known:
-        close = difflib.get_close_matches(found, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-        raise BadInput(f"`{option}` must name what `list` shows, found {found!r}; {hint}")
 
 
 def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: Team) -> int:

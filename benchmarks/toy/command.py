@@ -1,0 +1,107 @@
+"""`python -m benchmarks run toy`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.errors import BadInput, BenchmarkError
+
+__all__ = ["toy"]
+
+
+def toy(
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME…",
+            help="Methods to run, one or several after the option; all of them if left out. "
+            "pcgrad+clip, cagrad+clip and graddrop+clip are the forms of FAMO's code.",
+        ),
+    ] = None,
+    setting: Annotated[
+        str, typer.Option(help="nash_famo, or cagrad for that paper's own starts and scale.")
+    ] = "nash_famo",
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of Adam; the papers' if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the results; results/toy if left out."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share the methods out.")
+    ] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="2,000 steps.")] = False,
+) -> None:
+    """The two-objective toy of CAGrad, Nash-MTL and FAMO: table and trajectories.
+
+    Finished methods are kept: the same command goes on where it was interrupted.
+    """
+    folder = Path("results/toy") if out is None else out
+    try:
+        _run(methods, setting, steps, folder, workers, quick)
+    except KeyboardInterrupt:
+        again = shlex.join([Path(sys.executable).name, "-m", "benchmarks", *sys.argv[1:]])
+        typer.echo(f"Interrupted; what is finished is kept. Go on with: {again}", err=True)
+        raise typer.Exit(130) from None
+    except BenchmarkError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _run(
+    methods: list[str] | None,
+    name: str,
+    steps: int | None,
+    folder: Path,
+    workers: int,
+    quick: bool,
+) -> None:
+    for option, value in (("--steps", steps), ("--workers", workers)):
+        if value is not None and value < 1:
+            raise BadInput(f"`{option}` must be at least 1, found {value}")
+
+    from rich.console import Console
+
+    from benchmarks.files import write_whole
+    from benchmarks.known import check_known
+    from benchmarks.toy.picture import write_pictures
+    from benchmarks.toy.records import RecordsFile
+    from benchmarks.toy.runner import ToyPlan, execute
+    from benchmarks.toy.settings import SETTINGS, contestants, unsuited
+    from benchmarks.toy.table import remarks, screen_table, to_csv, to_markdown
+
+    check_known("--setting", name, list(SETTINGS))
+    setting = SETTINGS[name]
+    everyone = {contestant.label: contestant for contestant in contestants(setting)}
+    for method in methods or ():
+        check_known("--methods", method, list(everyone))
+    chosen = [everyone[label] for label in dict.fromkeys(methods or everyone)]
+    left_out = {c.label: reason for c in chosen if (reason := unsuited(c)) is not None}
+    chosen = [contestant for contestant in chosen if contestant.label not in left_out]
+    n_steps = steps or (setting.quick_steps if quick else setting.steps)
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # A file has room for all columns.
+    plan = ToyPlan(setting, tuple(chosen), n_steps)
+    results = RecordsFile(folder)
+    execute(plan, results, workers, console)
+    records = plan.select(results.read())
+    console.print(screen_table(setting, records, n_steps))
+    lines = [f"{label}: {reason}" for label, reason in left_out.items()]
+    lines += remarks(setting, records, n_steps)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    text = to_markdown(setting, records, n_steps, left_out)
+    contents = {"toy.csv": to_csv(setting, records), "toy.md": text}
+    for file, content in contents.items():
+        write_whole(folder / file, lambda target, c=content: target.write_text(c, encoding="utf-8"))  # type: ignore[misc]
+    pictures = write_pictures(setting, records, folder)
+    written = [results.path, *(folder / file for file in contents), *pictures]
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)
