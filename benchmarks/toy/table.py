@@ -76,17 +76,8 @@ def to_csv(setting: Setting, records: Sequence[Record]) -> str:
     """A row for each trajectory, with others' end points beside ours."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    ours = [
-        "x1",
-        "x2",
-        "l1",
-        "l2",
-        "gap_percent",
-        "reached",
-        "steps_to_front",
-        "microseconds",
-        "error",
-    ]
+    end = ["x1", "x2", "l1", "l2", "gap_percent"]
+    ours = [*end, "reached", "steps_to_front", "microseconds", "error"]
     others = [f"{source}_{name}" for source in ("official", "replica") for name in end]
     writer.writerow(["setting", "method", "start", "start_x1", "start_x2", "steps", *ours, *others])
     theirs = published(setting.name)
