@@ -46,8 +46,9 @@ def write_pictures(setting: Setting, records: Sequence[Record], folder: Path) ->
         "trajectories": lambda axes, mine: _plane(axes, setting, mine),
         "losses": lambda axes, mine: _losses(axes, setting, mine),
     }
+    names = {"trajectories": ("x1", "x2"), "losses": ("L1", "L2")}
     for name, draw in pictures.items():
-        figure = _panels(setting, shown, draw)
+        figure = _panels(setting, shown, draw, names[name])
         for kind in ("png", "svg"):
             path = folder / f"{name}.{kind}"
             write_whole(path, lambda target, f=figure, k=kind: f.savefig(target, format=k))  # type: ignore[misc]
@@ -59,13 +60,14 @@ def _panels(
     setting: Setting,
     shown: dict[str, list[Record]],
     draw: Callable[[Axes, Sequence[Record]], None],
+    names: tuple[str, str],
 ) -> Figure:
-    columns = min(len(shown), max(3, round(1.3 * math.sqrt(len(shown)))))
+    columns = min(len(shown), max(4, round(1.3 * math.sqrt(len(shown)))))
     rows = math.ceil(len(shown) / columns)
     legend = 0.62  # inches
     height = 1.95 * rows + legend
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - legend / height))
-    figure = Figure(figsize=(max(1.75 * columns, 6.0), height), dpi=150, layout=layout)
+    figure = Figure(figsize=(max(1.75 * columns, 8.5), height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for k, axes in enumerate(grid.flat):
@@ -84,13 +86,18 @@ def _panels(
         {"marker": "X", "label": "end, not on the front"},
         {"marker": "1", "label": "no number from here on"},
     ]
-    handles = [Line2D([], [], color="black", linewidth=2.2, label="Pareto front")]
-    handles += [Line2D([], [], color="0.35", linestyle="none", markersize=5, **m) for m in marks]
-    handles += [
+    signs = [Line2D([], [], color="black", linewidth=2.2, label="Pareto front")]
+    signs += [Line2D([], [], color="0.35", linestyle="none", markersize=5, **m) for m in marks]
+    starts = [
         Line2D([], [], color=colour, linewidth=1.6, label=f"from ({x1:g}, {x2:g})")
         for colour, (x1, x2) in zip(_COLOURS, setting.starts, strict=False)
     ]
+    # Columns are filled one after another: signs above, starts below.
+    starts += [Line2D([], [], linestyle="none", label=" ")] * (len(signs) - len(starts))
+    handles = [handle for pair in zip(signs, starts, strict=True) for handle in pair]
     figure.legend(handles=handles, loc="upper center", ncols=5, fontsize=7.5, frameon=False)
+    figure.supxlabel(names[0], fontsize=9)
+    figure.supylabel(names[1], fontsize=9)
     return figure
 
 
