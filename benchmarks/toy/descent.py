@@ -213,7 +213,7 @@ class _Descent:
         self._adam = _Adam(self._values, rates)
         self._clips = np.array([math.inf if c.clip is None else c.clip for c, _ in runs])
         self._ends = self._values[:, :2].copy()
-        self._last_away = np.zeros(n, dtype=np.int64)
+        self._last_away = np.full(n, -1)
         self._seconds = np.zeros(n)
         # Points are written down at these steps.
         marks = np.linspace(0, steps, min(_POINTS, steps + 1)).round().astype(int)
@@ -288,10 +288,9 @@ class _Descent:
         for k in np.flatnonzero(~np.isfinite(norms)).tolist():
             if self._runners[k] is not None:
                 self._fail(k, step, "the direction is not finite")
-            d[k] = 0.0
-        long = norms > self._clips
-        if long.any():
-            d[long] *= (self._clips[long] / norms[long])[:, None]
+            d[k] = norms[k] = 0.0
+        # As `clip_grad_norm_` does.
+        d *= np.minimum(1.0, self._clips / (norms + 1e-6))[:, None]
         gradients[:, :2] = d
         return gradients
 

@@ -75,8 +75,11 @@ class ToyEvaluations:
     @contextlib.contextmanager
     def moved(self, shift: Tensor) -> Iterator[None]:
         """Within it the point is displaced by `shift [2]`."""
-        losses, jacobian = self._toy.evaluate((self._point + shift.numpy())[None])
-        self._at = torch.from_numpy(losses[0]), torch.from_numpy(jacobian[0])
+        losses, jacobian = self._toy.evaluate_one(*(self._point + shift.numpy()).tolist())
+        self._at = (
+            torch.tensor(losses, dtype=torch.float64),
+            torch.tensor(jacobian, dtype=torch.float64),
+        )
         yield
         self._at = self._here
 

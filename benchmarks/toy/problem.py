@@ -8,6 +8,7 @@ Multitask Optimization", NeurIPS 2023, https://arxiv.org/abs/2306.03792.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -85,6 +86,31 @@ class Toy:
         jacobian[:, 1, 0] = -0.5 * c1 * r2 + 0.2 * c2 * (x1 + 7.0)
         jacobian[:, 1, 1] = slope_c1 * f2 - c1 * r2 * slope_t + slope_c2 * g2 + c2 * slope_bowl
         return losses, jacobian
+
+    def evaluate_one(self, x1: float, x2: float) -> tuple[list[float], list[list[float]]]:
+        """The same of a single point, in a tenth of the time: arrays of one number are slow."""
+        t, h = math.tanh(x2), math.tanh(0.5 * x2)
+        slope_t, slope_h = 1.0 - t * t, 0.5 * (1.0 - h * h)
+        c1, slope_c1 = (h, slope_h) if h >= 0 else (0.0, 0.0)
+        c2, slope_c2 = (-h, -slope_h) if h <= 0 else (0.0, 0.0)
+        a1, a2 = t - 0.5 * (x1 + 7.0), 0.5 * (3.0 - x1) - t + 2.0
+        f1 = math.log(max(abs(a1), _LEAST)) + 6.0
+        f2 = math.log(max(abs(a2), _LEAST)) + 6.0
+        r1 = 0.0 if abs(a1) < _LEAST else 1.0 / a1
+        r2 = 0.0 if abs(a2) < _LEAST else 1.0 / a2
+        bowl = 0.01 * (x2 + 8.0) ** 2 - 20.0
+        slope_bowl = 0.02 * (x2 + 8.0)
+        g1, g2 = 0.1 * (x1 - 7.0) ** 2 + bowl, 0.1 * (x1 + 7.0) ** 2 + bowl
+        s = self.scale
+        row1 = [
+            s * (-0.5 * c1 * r1 + 0.2 * c2 * (x1 - 7.0)),
+            s * (slope_c1 * f1 + c1 * r1 * slope_t + slope_c2 * g1 + c2 * slope_bowl),
+        ]
+        row2 = [
+            -0.5 * c1 * r2 + 0.2 * c2 * (x1 + 7.0),
+            slope_c1 * f2 - c1 * r2 * slope_t + slope_c2 * g2 + c2 * slope_bowl,
+        ]
+        return [s * (c1 * f1 + c2 * g1), c1 * f2 + c2 * g2], [row1, row2]
 
     @cached_property
     def front(self) -> Front:

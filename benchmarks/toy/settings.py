@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Setting:
     own: float = 0.025
     cagrad: float = 0.4
 
-    @property
+    @cached_property
     def toy(self) -> Toy:
         """The problem."""
         return Toy(self.scale)
