@@ -99,7 +99,7 @@ def _run(
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     text = to_markdown(setting, records, n_steps, left_out)
-    contents = {"toy.csv": to_csv(setting, records), "toy.md": text}
+    contents = {"toy.csv": to_csv(setting, records, n_steps), "toy.md": text}
     for file, content in contents.items():
         write_whole(folder / file, lambda target, c=content: target.write_text(c, encoding="utf-8"))  # type: ignore[misc]
     pictures = write_pictures(setting, records, folder)

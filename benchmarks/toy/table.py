@@ -72,15 +72,15 @@ def differences(setting: Setting, records: Sequence[Record]) -> list[str]:
     return found
 
 
-def to_csv(setting: Setting, records: Sequence[Record]) -> str:
-    """A row for each trajectory, with others' end points beside ours."""
+def to_csv(setting: Setting, records: Sequence[Record], steps: int) -> str:
+    """A row for each trajectory, with others' end points beside ours where steps are as many."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     end = ["x1", "x2", "l1", "l2", "gap_percent"]
     ours = [*end, "reached", "steps_to_front", "microseconds", "error"]
     others = [f"{source}_{name}" for source in ("official", "replica") for name in end]
     writer.writerow(["setting", "method", "start", "start_x1", "start_x2", "steps", *ours, *others])
-    theirs = published(setting.name)
+    theirs = published(setting.name) if steps == setting.steps else {}
     for r in records:
         row: list[object] = [r.setting, r.label, r.start, *r.first, r.steps]
         row += [*r.end, *r.losses, r.gap, int(r.reached), r.steps_to_front, r.microseconds, r.error]
