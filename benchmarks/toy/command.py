@@ -70,8 +70,9 @@ def _run(
 
     from benchmarks.files import write_whole
     from benchmarks.known import check_known
+    from benchmarks.lines import Lines
     from benchmarks.toy.picture import write_pictures
-    from benchmarks.toy.records import RecordsFile
+    from benchmarks.toy.records import Record
     from benchmarks.toy.runner import ToyPlan, execute
     from benchmarks.toy.settings import SETTINGS, contestants, unsuited
     from benchmarks.toy.table import remarks, screen_table, to_csv, to_markdown
@@ -90,7 +91,7 @@ def _run(
     if not console.is_terminal:
         console.width = max(console.width, 140)  # A file has room for all columns.
     plan = ToyPlan(setting, tuple(chosen), n_steps)
-    results = RecordsFile(folder)
+    results = Lines(folder / "toy.jsonl", Record)
     execute(plan, results, workers, console)
     records = plan.select(results.read())
     console.print(screen_table(setting, records, n_steps))

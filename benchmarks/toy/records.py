@@ -1,22 +1,18 @@
-"""The file `toy.jsonl`: a line for each trajectory."""
+"""The lines of `toy.jsonl`: one for each trajectory."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import BadInput
-from benchmarks.files import write_whole
 from benchmarks.toy.descent import Path as Trajectory
 from benchmarks.toy.settings import Contestant, Setting
 from benchmarks.versions import versions
 
-__all__ = ["Record", "RecordsFile", "fingerprint", "to_record"]
+__all__ = ["Record", "fingerprint", "to_record"]
 
 # Looking them up takes milliseconds.
 _versions = functools.cache(versions)
@@ -100,39 +96,3 @@ def to_record(setting: Setting, trajectory: Trajectory, steps: int) -> Record:
         trajectory=[[step, round(x1, 5), round(x2, 5)] for step, x1, x2 in trajectory.points],
         versions=_versions(),
     )
-
-
-class RecordsFile:
-    """`toy.jsonl` in a folder, which is made if need be.
-
-    Raises:
-        BadInput: the folder cannot be made.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "toy.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(
-                f"`--out` must be a folder that can be written to, found {folder}: "
-                f"{error.strerror or error}"
-            ) from error
-
-    def read(self) -> list[Record]:
-        """What is there; lines that are no records are left out."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(Record(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
-        return records
-
-    def write(self, records: Iterable[Record]) -> None:
-        """These and no others: a new file in the place of the old one."""
-        lines = [json.dumps(asdict(r), allow_nan=False, ensure_ascii=False) for r in records]
-        text = "".join(f"{line}\n" for line in lines)
-        write_whole(self.path, lambda target: target.write_text(text, encoding="utf-8"))

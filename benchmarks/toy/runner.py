@@ -11,8 +11,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import gradbal
 from benchmarks.jobs import share_out
+from benchmarks.lines import Lines
 from benchmarks.toy.descent import from_all_starts
-from benchmarks.toy.records import Record, RecordsFile, fingerprint, to_record
+from benchmarks.toy.records import Record, fingerprint, to_record
 from benchmarks.toy.settings import Contestant, Setting
 
 __all__ = ["ToyPlan", "execute"]
@@ -34,7 +35,7 @@ class ToyPlan:
         return [mine[key] for key in keys if key in mine]
 
 
-def execute(plan: ToyPlan, results: RecordsFile, workers: int, console: Console) -> None:
+def execute(plan: ToyPlan, results: Lines[Record], workers: int, console: Console) -> None:
     """Make the plan's trajectories that are not in the file, and add them to it.
 
     Methods are shared out to the workers; each is written down when its last start is done.

@@ -1,0 +1,1 @@
+"""Pareto sets learned by scalarization, and trajectories on convex quadratics."""
