@@ -99,7 +99,8 @@ def learn(
         pref = torch.cat([first, 1.0 - first], 1)
         losses = problem.normalized(network(pref))
         optimizer.zero_grad()
-        scalarized(method, losses, pref.double()).sum().backward()
+        total = scalarized(method, losses, pref.double()).sum()
+        total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             after_steps((step % 100) + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,10 @@ AGGREGATORS: dict[str, float] = {
 """The methods of the paper's table, and what the authors multiply the learning rate by."""
 
 
+_OPTIONS = {"cagrad": {"c": 0.5, "rescale": 0}}
+"""As in the authors' settings."""
+
+
 def trajectory(quadratic: Quadratic, method: str, start: int) -> Tensor:
     """`[steps + 1, 2]`: where `MultiTaskOptimizer(SGD([x]), method)` goes, in float64.
 
@@ -127,10 +132,11 @@ def trajectory(quadratic: Quadratic, method: str, start: int) -> Tensor:
     """
     x = torch.nn.Parameter(torch.tensor(quadratic.starts[start], dtype=torch.float64))
     rate = quadratic.learning_rate * AGGREGATORS[method]
-    options = {}
+    options: dict[str, Any] = dict(_OPTIONS.get(method, {}))
     if "generator" in gradbal.info(method).hyperparameters:
         options["generator"] = torch.Generator().manual_seed(start)
-    opt = gradbal.MultiTaskOptimizer(torch.optim.SGD([x], lr=rate), method, **options)
+    aggregator = gradbal.create(method, **options)
+    opt = gradbal.MultiTaskOptimizer(torch.optim.SGD([x], lr=rate), aggregator)
     points = [x.detach().clone()]
     for _ in range(quadratic.steps):
         opt.zero_grad()
@@ -142,6 +148,8 @@ def trajectory(quadratic: Quadratic, method: str, start: int) -> Tensor:
 
 def stationarity(quadratic: Quadratic, point: Tensor) -> float:
     """The length of the shortest convex combination of the gradients at a point `[2]`."""
-    rows = torch.autograd.functional.jacobian(quadratic.objectives, point)
+    x = point.detach().clone().requires_grad_()
+    losses = quadratic.objectives(x)
+    rows = torch.stack([torch.autograd.grad(l, x, retain_graph=True)[0] for l in losses])
     w = mgda(rows @ rows.T)
     return float(torch.linalg.vector_norm(w @ rows))
