@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass
 from importlib.resources import files
 
-__all__ = ["NOTES", "Found", "published"]
+__all__ = ["NOTES", "UPPER_HALF", "Found", "published"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,18 @@ NOTES = {
     "parameters freeze; ours keeps log σ² above −10.",
     "dwa": "Needs losses that are not negative, which the front's are. The official code divides "
     "by a mean loss near 0 until its weights are NaN; ours refuses.",
-    "famo": "From (0, 0) both losses are 0 and only rounding tells left from right; from "
-    "(−8.5, 7.5) the path over the ridges of log|·| is chaotic.",
-    "imtl_g": "From (0, 0) only rounding tells left from right.",
+    "famo": "From (0, 0) the derivatives by x1 are 0 but for rounding, which decides for left or "
+    "right.",
+    "imtl_g": "From (0, 0) the derivatives by x1 are 0 but for rounding, which decides for left or "
+    "right.",
+    "aligned_mtl": "Which eigenvalues count as zero decides where it ends: from (9, −1) thresholds "
+    "of 4e-16, 1e-10 and 2e-7 give x1 = −2.4, −2.8 and −5.6.",
+    "fairgrad": "Every point of the front is stationary, and small differences drift along it.",
 }
-"""By label, why our numbers and the official ones differ where they do."""
+"""By label, why our numbers and others' differ where they do."""
+
+UPPER_HALF = (
+    "Where x2 starts above 0, the path over the ridges of log|·| is chaotic: gradients of up to "
+    "1e5 enlarge every rounding."
+)
+"""Why any of them may differ from there."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from benchmarks.toy.descent import NEAR
-from benchmarks.toy.published import NOTES, Found, published
+from benchmarks.toy.published import NOTES, UPPER_HALF, Found, published
 from benchmarks.toy.records import Record
 from benchmarks.toy.settings import Setting
 
@@ -60,15 +60,18 @@ def differences(setting: Setting, records: Sequence[Record]) -> list[str]:
     theirs = published(setting.name)
     for label, mine in _by_label(records).items():
         for source in ("official", "replica"):
-            parts = []
+            parts, above = [], False
             for record in mine:
                 other = theirs.get((label, source, record.start))
                 part = None if other is None else _difference(record, other)
                 if part:
                     parts.append(f"from {_point(record.first)} {part}")
+                    above = above or record.first[1] > 0
             if parts:
-                why = f". {NOTES[label]}" if label in NOTES else "."
-                found.append(f"{label} against the {source} code: {'; '.join(parts)}{why}")
+                why = [NOTES[label]] if label in NOTES else []
+                why += [UPPER_HALF] if above else []
+                what = f"{label} against the {source} code: {'; '.join(parts)}"
+                found.append(". ".join([what, " ".join(why)]).rstrip())
     return found
 
 

@@ -68,8 +68,9 @@ def _best_hypervolume(name, n):
 @pytest.mark.parametrize("name", ["re21", "re24"])
 def test_real_problems_have_the_published_hypervolume(name):
     torch.manual_seed(0)
-    found = _best_hypervolume(name, 40_000)
-    assert found == pytest.approx(PROBLEMS[name].best, rel=6e-3)
+    found = _best_hypervolume(name, 150_000)
+    # Random points come close to the front from above.
+    assert PROBLEMS[name].best * 0.99 < found < PROBLEMS[name].best * 1.0001
 
 
 def test_re21_ideal_is_what_its_bounds_give():

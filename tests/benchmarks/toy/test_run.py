@@ -143,10 +143,12 @@ def test_what_differs_from_the_official_numbers_is_said():
     other = [*same[:2], _record("sum", 2, (-5.727, -8.409), 0.002), *same[3:]]
     (line,) = differences(SETTING, other)
     assert "from (9, 9) on the front, theirs not" in line
+    assert "chaotic" in line
     moved = _record("famo", 1, (0.2, -8.355), 0.01)
     lines = differences(SETTING, [moved])
     assert "from (0, 0) x1 0.200, theirs 0.077" in lines[0]
-    assert "only rounding tells left from right" in lines[0]
+    assert "the derivatives by x1 are 0 but for rounding" in lines[0]
+    assert "chaotic" not in lines[0]
     refused = _record("dwa", 0, (-8.0, 7.0), 110.0, "ValueError: 'dwa' needs this, found that")
     assert differences(SETTING, [refused]) == []
     (line,) = differences(SETTING, [_record("dwa", 1, (0, 0), 77.0, "ValueError: no")])
