@@ -73,8 +73,7 @@ def test_of_a_cut_archive_no_part_of_a_member_is_read(packer):
         try:
             # A tarball's padding after its last member may be missing.
             assert _read(packer, content[:length], ["a"], limit=10_000) == {"a": whole}
-        except BenchmarkError as error:
-            assert str(error).startswith("the archive must")
+        except BenchmarkError:
             refused += 1
     assert refused >= 2
 
