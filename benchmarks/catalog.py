@@ -3,9 +3,10 @@
 from benchmarks.benchmark import Benchmark
 from benchmarks.census import CENSUS, CENSUS_EDUCATION
 from benchmarks.multimnist import MULTIMNIST
+from benchmarks.yeast import YEAST
 
 __all__ = ["BENCHMARKS"]
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION)
+    benchmark.name: benchmark for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION, YEAST)
 }

@@ -25,9 +25,11 @@ def parsed(path: Path, parse: Callable[[], Arrays]) -> Arrays:
     read costs the time of parsing on each call. Its name must tell archive and form apart.
     """
     if path.is_file():
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return dict(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass
     arrays = parse()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -25,9 +26,11 @@ class Perceptron(Network):
     ) -> None:
         super().__init__()
         self.encode = encode
-        pairs = zip(widths, widths[1:], strict=False)
         self.layers = nn.Sequential(
-            *(nn.Sequential(nn.Linear(before, after), nn.ReLU()) for before, after in pairs)
+            *(
+                nn.Sequential(nn.Linear(before, after), nn.ReLU())
+                for before, after in pairwise(widths)
+            )
         )
         self.heads = nn.ModuleDict({task: nn.Linear(widths[-1], 1) for task in tasks})
 
