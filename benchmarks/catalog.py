@@ -2,11 +2,13 @@
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.census import CENSUS, CENSUS_EDUCATION
+from benchmarks.chemicals import CHEMICALS, CHEMICALS_11
 from benchmarks.multimnist import MULTIMNIST
 from benchmarks.yeast import YEAST
 
 __all__ = ["BENCHMARKS"]
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION, YEAST)
+    benchmark.name: benchmark
+    for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION, CHEMICALS, CHEMICALS_11, YEAST)
 }
