@@ -4,11 +4,20 @@ from benchmarks.benchmark import Benchmark
 from benchmarks.census import CENSUS, CENSUS_EDUCATION
 from benchmarks.chemicals import CHEMICALS, CHEMICALS_11
 from benchmarks.multimnist import MULTIMNIST
+from benchmarks.sentiment import SENTIMENT
 from benchmarks.yeast import YEAST
 
 __all__ = ["BENCHMARKS"]
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION, CHEMICALS, CHEMICALS_11, YEAST)
+    for benchmark in (
+        MULTIMNIST,
+        CENSUS,
+        CENSUS_EDUCATION,
+        CHEMICALS,
+        CHEMICALS_11,
+        SENTIMENT,
+        YEAST,
+    )
 }
