@@ -156,8 +156,8 @@ def _benchmark(
 
 
 # On validation molecules 3e-3 for 10 to 15 epochs (27 K, 22 K, 65 kg/m³ and 0.017) is better than
-# 1e-3 for any number (28 K, 24 K, 67 kg/m³ and 0.018); with eleven properties 1e-3 for 10 epochs and
-# 2e-3 for 15 are much the same.
+# 1e-3 for any number (28 K, 24 K, 67 kg/m³ and 0.018).
+# With eleven properties 1e-3 for 10 epochs and 2e-3 for 15 are much the same.
 _FOUR_SETTINGS = Settings("four", 1500, 180, 210, epochs=15, batch_size=64, lr=3e-3)
 _ELEVEN_SETTINGS = Settings("eleven", 10_500, 1_300, 1_400, epochs=10, batch_size=128, lr=1e-3)
 
