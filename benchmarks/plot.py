@@ -8,8 +8,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.benchmark import SINGLE_TASK
+from benchmarks.plan import Plan
 from benchmarks.report import Row, Stat, write_whole
-from benchmarks.runner import SINGLE_TASK, Plan
 
 __all__ = ["write_plot"]
 
