@@ -65,8 +65,17 @@ def test_rings():
 
 def test_named_counts_of_nitromethyl_phenol():
     found = _named("C1=CC(=CC=C1C[N+](=O)[O-])O")
-    expected = dict(C=7, N=1, O=3, single=7, double=4, ring_6=1, hydrogens=7, donors=1)
-    expected |= dict(positive=1, negative=1, branches=3, in_rings=6, atoms=11)
+    expected = {
+        "C": 7,
+        "N": 1,
+        "O": 3,
+        "single": 7,
+        "double": 4,
+        "ring_6": 1,
+        "hydrogens": 7,
+        "donors": 1,
+    }
+    expected |= {"positive": 1, "negative": 1, "branches": 3, "in_rings": 6, "atoms": 11}
     assert {name: value for name, value in found.items() if value} == expected
 
 
