@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ class HostValues:
     def __init__(
         self, gramian: Tensor, losses: Tensor, extremes: Tensor, doubt: Tensor | None = None
     ) -> None:
+        if gramian.device.type == "cpu" and losses.device.type == "cpu":
+            # Nothing has to be packed, and what is looked at are a few floats.
+            self.doubt = doubt is not None and bool(doubt)
+            self.gramian, self.losses = gramian, losses.to(gramian.dtype)
+            squares = gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses)).tolist()
+            columns = zip(*squares, losses.tolist(), extremes.tolist(), strict=True)
+            self.bad = [i for i, column in enumerate(columns) if not all(map(isfinite, column))]
+            return
         rows = [gramian.reshape(-1, len(losses)), losses[None], extremes[None]]
         if doubt is not None:
             rows.insert(0, doubt.expand(1, len(losses)))
