@@ -33,7 +33,6 @@ from gradbal.jacobian import (
     Engine,
     Found,
     FoundInstances,
-    GramianEngine,
     Instance,
     Layerwise,
     Loop,
@@ -41,16 +40,17 @@ from gradbal.jacobian import (
     Root,
     RootsInTurn,
     Rows,
-    RowsEngine,
     Sketch,
     WeightedSum,
     combine,
     deliver,
+    finds_gramian,
     gradients_of,
     hooks_held_back,
     reach_of,
     reached_parameters,
     shared_indices,
+    takes_rows,
     there,
     upload,
 )
@@ -244,7 +244,14 @@ class Balancer:
         if not self._has_choice(call):
             self._use(Loop())
             return self._step_for(call)(call)
-        with self.auto.engine_of_step(self._case(call)) as engine:
+        case = self._case(call)
+        settled = self.auto.settled_on(case)
+        if settled is not None:
+            if not self.engine is self.rows.engine is settled:
+                self._use(settled)
+                self._free_unused()
+            return self._step_for(call)(call)
+        with self.auto.engine_of_step(case) as engine:
             self._use(engine)
             if self.auto.settled:
                 self._free_unused()
@@ -297,13 +304,13 @@ class Balancer:
 
     def _use(self, engine: Engine) -> None:
         self.engine = engine
-        if isinstance(engine, RowsEngine):
+        if takes_rows(engine):
             self.rows.engine = self.processes.engine or engine
 
     def _free_unused(self) -> None:
         """Gives back what engines that were not chosen have kept."""
         assert self.auto is not None
-        if isinstance(self.engine, GramianEngine):
+        if finds_gramian(self.engine):
             self.rows.free()
         for engine in self.auto.engines:
             if engine is not self.engine and isinstance(engine, Layerwise):
@@ -399,7 +406,7 @@ class Balancer:
         state = {**self.__dict__, "processes": Alone(), "_processes_of": None}
         if self.processes.engine is not None:
             self._check_nothing_pends()
-            engine = self.engine if isinstance(self.engine, RowsEngine) else Loop()
+            engine = self.engine if takes_rows(self.engine) else Loop()
             state["rows"] = Rows(self.shared_params, engine, dtype=self.jacobian_dtype)
         return state
 
@@ -530,7 +537,7 @@ class Balancer:
                 return self._probe_step
             if isinstance(self.engine, Instance):
                 return self._instance_step
-            if isinstance(self.engine, GramianEngine):
+            if finds_gramian(self.engine):
                 return self._gramian_step
         return self._rows_step
 
@@ -548,7 +555,7 @@ class Balancer:
     def _new_rows(self) -> Rows:
         shared = self.shared_params and [*self.processes.stand_ins(self.shared_params)]
         engine = self.processes.engine or self.engine
-        if isinstance(engine, RowsEngine):
+        if takes_rows(engine):
             return Rows(shared, engine, dtype=self.jacobian_dtype)
         return Rows(shared, dtype=self.jacobian_dtype)
 
@@ -565,7 +572,7 @@ class Balancer:
 
     def check_gathers(self) -> None:
         """Whether gradients can be kept for the next call."""
-        if isinstance(self.engine, GramianEngine):
+        if finds_gramian(self.engine):
             raise ValueError(
                 "accumulate=True needs an engine whose gradients add up, found "
                 f'jacobian="{self.engine.name}"; use "loop", or one larger batch'
@@ -913,7 +920,7 @@ class Balancer:
     # The Gramian without the rows, then one pass if it takes one to deliver.
 
     def _gramian_step(self, call: BackwardCall) -> bool:
-        assert isinstance(self.engine, GramianEngine)
+        assert finds_gramian(self.engine)
         assert isinstance(call.batch, Losses)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)

@@ -140,7 +140,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         )
     if not tensors:
         raise ValueError("losses must have at least one entry, found none")
-    missing = frozenset(i for i, loss in enumerate(tensors) if loss is None)
+    missing = frozenset([i for i, loss in enumerate(tensors) if loss is None])
     if len(missing) == len(tensors):
         raise ValueError(
             f"at least one loss must be there, found None for all {len(tensors)} tasks; leave "
@@ -150,7 +150,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         if loss is not None:
             check_loss(name, loss)
     present = [l for l in tensors if l is not None]
-    devices = {l.device for l in present}
+    devices = {l.device for l in present} if len(present) > 1 else ()
     if len(devices) > 1:
         raise ValueError(
             f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"

@@ -54,8 +54,8 @@ class HostValues:
             # Nothing has to be packed, and what is looked at are a few floats.
             self.doubt = doubt is not None and bool(doubt)
             self.gramian, self.losses = gramian, losses.to(gramian.dtype)
-            squares = gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses)).tolist()
-            columns = zip(*squares, losses.tolist(), extremes.tolist(), strict=True)
+            diagonals = gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses)).tolist()
+            columns = zip(*diagonals, losses.tolist(), extremes.tolist(), strict=True)
             self.bad = [i for i, column in enumerate(columns) if not all(map(isfinite, column))]
             return
         rows = [gramian.reshape(-1, len(losses)), losses[None], extremes[None]]

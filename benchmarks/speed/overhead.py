@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from benchmarks.speed.solvers import COUNTERPARTS, counterpart
+from benchmarks.speed.solvers import counterpart
 from gradbal import MultiTaskOptimizer
 from gradbal.aggregators.base import ClosureAggregator, Scalarizer
 

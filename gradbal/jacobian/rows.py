@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -208,7 +209,8 @@ class Rows:
         if (
             layout is None
             or len(layout.reach) != len(roots)
-            or [id(p) for p in layout.parameters] != [id(p) for p in parameters]
+            or len(layout.parameters) != len(parameters)
+            or not all(map(is_, layout.parameters, parameters))
         ):
             if self.pending:
                 self.pending = False
