@@ -66,7 +66,9 @@ class Losses:
         if isinstance(self.tensors, list):
             pairs = zip(self.tensors, cotangents.unbind(), strict=True)
             return [
-                Absent(known[i] if known else None) if l is None else (l, c.to(l.dtype))
+                Absent(known[i] if known else None)
+                if l is None
+                else (l, c if c.dtype is l.dtype else c.to(l.dtype))
                 for i, (l, c) in enumerate(pairs)
             ]
         edges = _stacked_edges(self.tensors)
@@ -247,8 +249,9 @@ def _list(names: Names) -> str:
     return ", ".join(map(repr, names))
 
 
-def _check_dtype(what: str, loss: Tensor) -> None:
+def _check_dtype(what: str, loss: Tensor, *names: str | int) -> None:
     if not loss.dtype.is_floating_point:
+        what = what.format(*map(repr, names))
         raise TypeError(f"{what} must be floating-point, found {loss.dtype}")
 
 
@@ -261,7 +264,7 @@ def check_loss(name: str | int, loss: object) -> None:
             f"the loss of task {name!r} must be a scalar (0-dim), found shape "
             f"{list(loss.shape)}; take its mean or sum"
         )
-    _check_dtype(f"the loss of task {name!r}", loss)
+    _check_dtype("the loss of task {}", loss, name)
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of task {name!r} must have a graph (requires_grad), found one without"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,9 @@ class HostValues:
             # Nothing has to be packed, and what is looked at are a few floats.
             self.doubt = doubt is not None and bool(doubt)
             self.gramian, self.losses = gramian, losses.to(gramian.dtype)
-            diagonals = gramian.diagonal(dim1=-2, dim2=-1).reshape(-1, len(losses)).tolist()
+            diagonals = np.diagonal(gramian.numpy(), axis1=-2, axis2=-1).tolist()
+            if gramian.dim() == 2:
+                diagonals = [diagonals]
             columns = zip(*diagonals, losses.tolist(), extremes.tolist(), strict=True)
             self.bad = [i for i, column in enumerate(columns) if not all(map(isfinite, column))]
             return

@@ -22,6 +22,11 @@ __all__ = [
 ]
 
 
+# Without the enums, which up to Python 3.11 take longer than all the rest of a step's bookkeeping.
+_SIGINT = int(signal.SIGINT)
+_get_handler: Callable[..., Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set_handler: Callable[..., Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
 _COLLECTIONS = (list, dict)
 
 
@@ -92,10 +97,10 @@ class interrupts_held_back:
     def __enter__(self) -> None:
         self._waiting: list[tuple[int, FrameType | None]] = []
         self._handler: Any = None
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _get_handler(_SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(handler):
             self._handler = handler
-            signal.signal(signal.SIGINT, self._wait)
+            _set_handler(_SIGINT, self._wait)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:
@@ -104,7 +109,7 @@ class interrupts_held_back:
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+            _set_handler(_SIGINT, self._handler)
             if self._waiting:
                 self._handler(*self._waiting[0])
 

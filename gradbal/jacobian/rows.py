@@ -31,6 +31,9 @@ from gradbal.jacobian.products import combine_by
 
 __all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
 
+_FEW = 1 << 10
+"""Up to so many scalars a copy of the gradients is cheap."""
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -557,6 +560,10 @@ def deliver(
         targets.extend(parameters[k] for k in head)
         gradients.extend(own)
         del own
+    if sum([p.numel() for p in targets]) <= _FEW:
+        # They are copied for less than a function of our own costs.
+        torch.autograd.backward(targets, gradients)
+        return
     with torch.enable_grad():
         nothing = _Gradients.apply(gradients, *targets)
     torch.autograd.backward(nothing, nothing.detach())
