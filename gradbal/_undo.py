@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -22,10 +23,14 @@ __all__ = [
 ]
 
 
-# Without the enums, which up to Python 3.11 take longer than all the rest of a step's bookkeeping.
+try:
+    # What `signal` is made of. To turn a handler into an enum takes that module forty times as long
+    # as to set it, up to Python 3.11, and it is set twice a step.
+    _signals: Any = importlib.import_module("_signal")
+except ImportError:
+    _signals = signal
+
 _SIGINT = int(signal.SIGINT)
-_get_handler: Callable[..., Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
-_set_handler: Callable[..., Any] = getattr(signal.signal, "__wrapped__", signal.signal)
 
 _COLLECTIONS = (list, dict)
 
@@ -97,10 +102,10 @@ class interrupts_held_back:
     def __enter__(self) -> None:
         self._waiting: list[tuple[int, FrameType | None]] = []
         self._handler: Any = None
-        handler = _get_handler(_SIGINT)
+        handler = _signals.getsignal(_SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(handler):
             self._handler = handler
-            _set_handler(_SIGINT, self._wait)
+            _signals.signal(_SIGINT, self._wait)
 
     def _wait(self, number: int, frame: FrameType | None) -> None:
         if self._waiting:
@@ -109,7 +114,7 @@ class interrupts_held_back:
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
-            _set_handler(_SIGINT, self._handler)
+            _signals.signal(_SIGINT, self._handler)
             if self._waiting:
                 self._handler(*self._waiting[0])
 

@@ -74,7 +74,7 @@ class Steps:
 
 
 def plain(passes: int, dtype: torch.dtype) -> Steps:
-    """Autograd and Adam alone: `sum(losses).backward()`, or each loss's own pass."""
+    """Autograd and Adam alone: `sum(losses).backward()`, or the sum of each loss's own gradient."""
     x = nn.Parameter(torch.tensor(_START, dtype=dtype))
     adam = Adam([x], lr=1e-3)
 
@@ -84,8 +84,9 @@ def plain(passes: int, dtype: torch.dtype) -> Steps:
         if passes == 1:
             (first + second).backward()  # type: ignore[no-untyped-call]
         else:
-            first.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-            second.backward()  # type: ignore[no-untyped-call]
+            (one,) = torch.autograd.grad(first, [x], retain_graph=True)
+            (other,) = torch.autograd.grad(second, [x])
+            x.grad = one + other
         adam.step()
 
     return Steps(f"autograd, {passes} pass{'es' if passes > 1 else ''}", passes, step)
