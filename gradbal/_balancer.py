@@ -682,6 +682,11 @@ class Balancer:
             probed = self.aggregator.probed_parameters()
             if probed is not None:
                 jacobian = rows.columns(probed)
+        if widths is None and jacobian is rows.jacobian and self.processes.alone:
+            product = rows.product_of_few()
+            if product is not None:
+                g = _unscaled(product, scale)
+                return g, HostValues(g, values, rows.head_extremes() if rows.has_heads else None)
         parts = [jacobian] if widths is None else list(torch.split(jacobian, widths, 1))
 
         def take(exact: bool) -> tuple[Tensor, HostValues]:
@@ -843,11 +848,14 @@ class Balancer:
     ) -> list[float | Tensor | None]:
         """What each task's own gradients are multiplied by; None for tasks that sit out."""
         assert self.tasks is not None
+        if self.heads == "own":
+            found: Sequence[float | Tensor] = [1.0] * len(self.tasks)
+        else:
+            on_host = head_weights.device.type == "cpu"
+            found = head_weights.tolist() if on_host else head_weights.unbind()
         factors: list[float | Tensor | None] = [None] * len(self.tasks)
-        on_host = head_weights.device.type == "cpu"
         for i in present:
-            factor = head_weights[i]
-            factors[i] = 1.0 if self.heads == "own" else float(factor) if on_host else factor
+            factors[i] = found[i]
         return factors
 
     def _taking_part(self, present: list[int]) -> dict[str, Any]:
@@ -1292,6 +1300,8 @@ class Balancer:
         """Where the T backward passes start."""
         known = self._known_reach(batch, parameters)
         if isinstance(batch, Losses):
+            if self.loss_transform is None and scale is batch.factors is None:
+                return batch.roots(None, known)
             return batch.roots(_scaled(self._factors(batch), scale), known)
         return batch.roots(partial(self._cotangent, scale=scale), known)
 

@@ -52,7 +52,7 @@ class Losses:
         return self.values
 
     def roots(
-        self, cotangents: Tensor, known: Sequence[Reach | None] | None = None
+        self, cotangents: Tensor | None, known: Sequence[Reach | None] | None = None
     ) -> list[Root | Absent]:
         """Where each loss's own backward pass starts, and with which cotangent.
 
@@ -60,9 +60,16 @@ class Losses:
         not walk the other tasks' heads.
 
         Args:
-            cotangents: `[T]`, what each loss is multiplied by.
+            cotangents: `[T]`, what each loss is multiplied by; None for ones.
             known: for each of T tasks what it reached before, for those that are missing.
         """
+        if cotangents is None and isinstance(self.tensors, list):
+            return [
+                Absent(known[i] if known else None) if l is None else (l, torch.ones_like(l))
+                for i, l in enumerate(self.tensors)
+            ]
+        if cotangents is None:
+            cotangents = torch.ones_like(self.values)
         if isinstance(self.tensors, list):
             pairs = zip(self.tensors, cotangents.unbind(), strict=True)
             return [
@@ -128,13 +135,13 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     """
     if isinstance(losses, Tensor):
         return _read_vector(losses, names)
-    if isinstance(losses, Mapping):
-        losses = in_order(losses, names)
-        found: Names = tuple(losses)
-        tensors = list(losses.values())
-    elif isinstance(losses, list | tuple):
+    if isinstance(losses, list | tuple):
         tensors = list(losses)
-        found = tuple(range(len(tensors)))
+        found: Names = tuple(range(len(tensors)))
+    elif isinstance(losses, Mapping):
+        losses = in_order(losses, names)
+        found = tuple(losses)
+        tensors = list(losses.values())
     else:
         raise TypeError(
             "losses must be a list, tuple or dict of scalar tensors, or a 1-D tensor, found "

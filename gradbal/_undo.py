@@ -57,7 +57,7 @@ def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:
     before = vars(thing).copy()
     for name in but:
         before.pop(name, None)
-    entries = [(v, copy.copy(v)) for v in before.values() if isinstance(v, _COLLECTIONS)]
+    entries = [(v, v.copy()) for v in before.values() if isinstance(v, _COLLECTIONS)]
 
     def put_back() -> None:
         current = vars(thing)

@@ -119,6 +119,9 @@ class Alone:
     rank = 0
     lacking = False
 
+    alone: ClassVar[bool] = True
+    """Whether all rows and columns are here."""
+
     cannot: ClassVar[dict[str, str]] = {}
     """Kinds of steps that these processes cannot take together, and why."""
 

@@ -440,7 +440,8 @@ class MultiTaskOptimizer(Optimizer):
             check_lazy(self.aggregator, balancer.engine, features)
         # Calls the first of the functions.
         batches[0].like()
-        check_all_there(self.aggregator, batches if independent else ())
+        if independent:
+            check_all_there(self.aggregator, batches)
         check_batch_size(batch_size, len(names))
         balancer.check_processes(batches, features)
         return batches
@@ -499,7 +500,7 @@ class MultiTaskOptimizer(Optimizer):
             self._check_late()
             if self._skip_step:
                 return None
-            with self._undone_on_errors():
+            with UndoneOnErrors(self._remember_step(), self._is_open):
                 self._before = None
                 self._balancer.observe()
                 return self._wrapped_step()
@@ -723,7 +724,22 @@ class MultiTaskOptimizer(Optimizer):
             remembered(self, but=("_taken",)),
         ]
         self._taken = False
-        return UndoneOnErrors(put_back, lambda: not self._taken)
+        return UndoneOnErrors(put_back, self._is_open)
+
+    def _is_open(self) -> bool:
+        return not self._taken
+
+    def _remember_step(self) -> list[Callable[[], None]]:
+        """The same for a plain step, which changes little."""
+        balancer = self._balancer
+        before, unobserved = self._before, balancer.unobserved
+        delivered, self._taken = self._delivered, False
+
+        def put_back() -> None:
+            self._before, self._delivered = before, delivered
+            balancer.unobserved = unobserved
+
+        return [self.aggregator.remember(), put_back]
 
     def _undo_left_out(self) -> bool:
         """Makes the aggregator what it was, if gradients are gone that no `step` has used: their

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ __all__ = [
     "SMALL",
     "combine",
     "combine_by",
+    "combine_few",
     "cross_gramian",
+    "few_of",
     "gramian",
+    "gramian_of_few",
     "no_autocast",
     "upload",
     "wants_exact",
@@ -74,9 +78,9 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
                 [6., 9.]], dtype=torch.float64)
     """
     jacobian = jacobian.detach()
-    few = _few(jacobian)
+    few = few_of(jacobian)
     if few is not None:
-        return torch.from_numpy(few @ few.T)
+        return gramian_of_few(few.astype(np.float64))
     with no_autocast(jacobian.device):
         if _in_float64(jacobian):
             wide = jacobian.double()
@@ -191,13 +195,9 @@ def combine_by(
         dtypes: n dtypes of the results.
     """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
-    few = _few(jacobian)
+    few = few_of(jacobian)
     if few is not None:
-        direction = torch.from_numpy(weights.double().numpy() @ few)
-        if len(sizes) == 1:
-            return [direction.to(dtypes[0])]
-        flat = torch.split(direction, list(sizes))
-        return [d.to(dtype, copy=True) for d, dtype in zip(flat, dtypes, strict=True)]
+        return combine_few(weights, few.astype(np.float64), sizes, dtypes)
     with no_autocast(jacobian.device):
         if jacobian.numel() <= SMALL:
             # Few entries in many groups: one product for all of them.
@@ -231,8 +231,11 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device)
 
 
-def _few(jacobian: Tensor) -> Array | None:
-    """A Jacobian of few entries on the host, in float64: NumPy takes a fifth of torch's time."""
+def few_of(jacobian: Tensor) -> NDArray[Any] | None:
+    """A Jacobian of few entries on the host as an array, which shares its memory; None for others.
+
+    At this size NumPy takes a fifth of torch's time.
+    """
     if (
         jacobian.numel() > _FEW_ENTRIES
         or jacobian.device.type != "cpu"
@@ -241,7 +244,23 @@ def _few(jacobian: Tensor) -> Array | None:
         or torch.compiler.is_compiling()
     ):
         return None
-    return jacobian.numpy().astype(np.float64)
+    return jacobian.numpy()
+
+
+def gramian_of_few(rows: Array) -> Tensor:
+    """`[T, T]` from `[T, P]`, both float64."""
+    return torch.from_numpy(rows @ rows.T)
+
+
+def combine_few(
+    weights: Tensor, rows: Array, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """`combine_by` of rows `[T, P]` in float64."""
+    direction = torch.from_numpy(weights.double().numpy() @ rows)
+    if len(sizes) == 1:
+        return [direction.to(dtypes[0])]
+    flat = torch.split(direction, list(sizes))
+    return [d.to(dtype, copy=True) for d, dtype in zip(flat, dtypes, strict=True)]
 
 
 def _in_float64(jacobian: Tensor) -> bool:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradbal.jacobian.blocks import Block
@@ -27,7 +29,7 @@ from gradbal.jacobian.graph import (
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop, gradients_of
-from gradbal.jacobian.products import combine_by
+from gradbal.jacobian.products import combine_by, combine_few, few_of, gramian_of_few
 
 __all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
 
@@ -44,6 +46,7 @@ class _Layout:
     shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
     views: for each task, the parts of its row, in the parameters' shapes, and the index of each
     part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
+    few: the buffer as an array, where there is so little that this is faster; or None.
     reached: for each task, indices of all that it reaches; none where that is not known.
     """
 
@@ -54,10 +57,12 @@ class _Layout:
     views: list[dict[int, Tensor]] = field(init=False)
     heads: list[list[int]] = field(init=False)
     reached: list[set[int]] = field(init=False)
+    few: NDArray[Any] | None = field(init=False)
     _slices: dict[tuple[int, int, int], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._slices = {}
+        self.few = few_of(self.buffer)
         self.reached = [{k for k, yes in enumerate(reach or ()) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
@@ -431,6 +436,16 @@ class Rows:
             self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
         self._layout = layout
 
+    def product_of_few(self) -> Tensor | None:
+        """The Gramian `[T, T]`, where the whole Jacobian is a few numbers on the host."""
+        few = self._current.few
+        return None if few is None else gramian_of_few(few.astype(np.float64))
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether any task has gradients of parameters that are not shared."""
+        return any(self.heads)
+
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
@@ -493,7 +508,10 @@ class Rows:
                 layout.buffer[i].zero_()
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
-        parts = combine_by(weights, layout.buffer, sizes, dtypes)
+        if layout.few is not None and weights.device.type == "cpu":
+            parts = combine_few(weights.detach(), layout.few.astype(np.float64), sizes, dtypes)
+        else:
+            parts = combine_by(weights, layout.buffer, sizes, dtypes)
         return [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
 
     def deliver(
