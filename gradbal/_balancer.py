@@ -60,8 +60,7 @@ __all__ = ["BackwardCall", "Balancer"]
 _OUTCOME = ("weights", "head_weights", "gramian", "losses")
 
 
-@dataclass(frozen=True)
-class BackwardCall:
+class BackwardCall(NamedTuple):
     """What one call of `backward` asks for.
 
     batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
@@ -84,7 +83,9 @@ class BackwardCall:
     @property
     def lazy(self) -> bool:
         """Whether any losses are not evaluated yet."""
-        return any(isinstance(b, LazyLosses) for b in (self.batch, *self.independent))
+        if isinstance(self.batch, LazyLosses):
+            return True
+        return any(isinstance(b, LazyLosses) for b in self.independent)
 
 
 class _Examined(NamedTuple):
@@ -1005,7 +1006,7 @@ class Balancer:
         if isinstance(found, bool):
             return found
         weights = self._weights(found.host, found.present)
-        self._weighted_pass(replace(call, absent=found.absent), factors, weights, taken)
+        self._weighted_pass(call._replace(absent=found.absent), factors, weights, taken)
         self._train_own_weights(values, found.present, call.scale)
         self._finish(*weights, found.gramian, found.absent)
         return True

@@ -32,7 +32,8 @@ except ImportError:
 
 _SIGINT = int(signal.SIGINT)
 
-_COLLECTIONS = (list, dict)
+# What most attributes are: nothing that changes in its place.
+_PLAIN = frozenset([bool, int, float, str, type(None), tuple, frozenset, Tensor])
 
 
 class Reference:
@@ -57,7 +58,8 @@ def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:
     before = vars(thing).copy()
     for name in but:
         before.pop(name, None)
-    entries = [(v, v.copy()) for v in before.values() if isinstance(v, _COLLECTIONS)]
+    others = [v for v in before.values() if type(v) not in _PLAIN]
+    entries = [(v, v.copy()) for v in others if isinstance(v, (list, dict))]
 
     def put_back() -> None:
         current = vars(thing)
