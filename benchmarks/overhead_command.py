@@ -44,17 +44,19 @@ def overhead(
     if dtype not in _DTYPES:
         stop(BadInput(f"`--dtype` must be {' or '.join(_DTYPES)}, found {dtype!r}"))
     table = Table(title="CPU time of a step, microseconds (medians)")
-    for heading in ("method", "passes", "step", "beyond autograd", "over autograd"):
+    for heading in ("method", "backward", "forward", "step", "autograd", "beyond", "ratio"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     try:
         for row in measure(chosen, rounds, steps, getattr(torch, dtype)):
-            figures = (f"{row.step:.0f}", f"{row.beyond:.0f}", f"{row.ratio:.2f}")
-            table.add_row(row.name, str(row.passes), *figures)
+            passes = str(row.passes), str(row.forwards)
+            figures = [f"{x:.0f}" for x in (row.step, row.plain, row.beyond)]
+            table.add_row(row.name, *passes, *figures, f"{row.ratio:.2f}")
     except BenchmarkError as error:
         stop(error)
     console = Console(highlight=False)
     console.print(table)
     console.print(
         f"{rounds} interleaved rounds of {steps} steps, one thread, {dtype}: zero_grad, the two "
-        "losses, backward, Adam's step. Autograd: the same with as many passes and no method."
+        "losses, backward, Adam's step. Autograd: the same with as many passes and no method, as "
+        "fast as the machine was then."
     )

@@ -29,6 +29,8 @@ TORCHJD = "TorchJD "
 """What the names of its methods begin with."""
 
 _QUICK = ("mgda", "upgrad", "pcgrad")
+"""Methods whose counterparts in TorchJD do not take milliseconds."""
+
 _START = (-8.5, 7.5)
 _WARM_UP = 20
 _OPTIONS: dict[str, dict[str, Any]] = {"famo": {"min_losses": (-30.0, -30.0)}}
@@ -51,29 +53,31 @@ def losses_of(x: Tensor) -> list[Tensor]:
 class Row:
     """One contestant.
 
-    passes: backward passes a step. step, beyond: medians over the rounds of the microseconds of a
-    step, and of those beyond that of plain autograd with as many passes. ratio: the median of
-    `step` over that. plain: the median of the plain step.
+    passes, forwards: backward and forward passes a step. step, plain, beyond: medians over the
+    rounds of the microseconds of a step, of one of plain autograd with as many passes, and of the
+    difference. ratio: the median of the two steps' ratio.
     """
 
     name: str
     passes: int
+    forwards: int
     step: float
+    plain: float
     beyond: float
     ratio: float
-    plain: float
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A contestant: its training step, and how many backward passes that has."""
+    """A contestant: its training step, and how many backward and forward passes that has."""
 
     name: str
     passes: int
+    forwards: int
     step: Step
 
 
-def plain(passes: int, dtype: torch.dtype) -> Steps:
+def plain(passes: int, forwards: int, dtype: torch.dtype) -> Steps:
     """Autograd and Adam alone: `sum(losses).backward()`, or the sum of each loss's own gradient."""
     x = nn.Parameter(torch.tensor(_START, dtype=dtype))
     adam = Adam([x], lr=1e-3)
@@ -88,8 +92,11 @@ def plain(passes: int, dtype: torch.dtype) -> Steps:
             (other,) = torch.autograd.grad(second, [x])
             x.grad = one + other
         adam.step()
+        if forwards > 1:
+            with torch.no_grad():
+                losses_of(x)
 
-    return Steps(f"autograd, {passes} pass{'es' if passes > 1 else ''}", passes, step)
+    return Steps(f"autograd, {forwards} forward, {passes} backward", passes, forwards, step)
 
 
 def steps_of(name: str, dtype: torch.dtype) -> Steps:
@@ -110,7 +117,7 @@ def steps_of(name: str, dtype: torch.dtype) -> Steps:
             jac_to_grad([x], aggregator)
             adam.step()
 
-        return Steps(name, 2, theirs)
+        return Steps(name, 2, 1, theirs)
     optimizer = MultiTaskOptimizer(adam, name, **_OPTIONS.get(name, {}))
     method = optimizer.aggregator
     looks_after = isinstance(method, ClosureAggregator) and method.looks_after
@@ -124,7 +131,8 @@ def steps_of(name: str, dtype: torch.dtype) -> Steps:
                 losses = losses_of(x)
             optimizer.update(losses)
 
-    return Steps(name, 1 if isinstance(method, Scalarizer) else 2, ours)
+    passes = 1 if isinstance(method, Scalarizer) else 2
+    return Steps(name, passes, 1 + looks_after, ours)
 
 
 def measure(
@@ -133,7 +141,7 @@ def measure(
     """Lets all contestants take steps in turn, round after round, on one thread.
 
     Args:
-        names: of `gradbal`'s methods; TorchJD's counterparts take part beside them.
+        names: of `gradbal`'s methods; TorchJD's counterparts of some take part beside them.
         rounds: at least 1.
         n_steps: of each contestant in a round, at least 1.
         dtype: of the parameter.
@@ -148,21 +156,24 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        plains = {passes: plain(passes, dtype) for passes in (1, 2)}
-        contestants = [*plains.values(), *(steps_of(name, dtype) for name in [*names, *theirs])]
+        chosen = [steps_of(name, dtype) for name in [*names, *theirs]]
+        kinds = sorted({(each.passes, each.forwards) for each in chosen})
+        plains = {kind: plain(*kind, dtype) for kind in kinds}
+        contestants = [*plains.values(), *chosen]
         found = _rounds(contestants, rounds, n_steps)
     finally:
         torch.set_num_threads(before)
     for each in contestants:
-        base = found[plains[each.passes].name]
+        base = found[plains[each.passes, each.forwards].name]
         pairs = list(zip(found[each.name], base, strict=True))
         yield Row(
             each.name,
             each.passes,
+            each.forwards,
             statistics.median(found[each.name]),
+            statistics.median(base),
             statistics.median(mine - bare for mine, bare in pairs),
             statistics.median(mine / bare for mine, bare in pairs),
-            statistics.median(base),
         )
 
 
