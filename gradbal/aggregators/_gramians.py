@@ -60,7 +60,7 @@ def solve_active(
     if pair is not None and gramian.shape == (2, 2):
         found = _of_pair(gramian, zero, pair)
         if found is not None:
-            return as_weights(np.array(found), gramian)
+            return upload(torch.tensor(found, dtype=gramian.dtype, device="cpu"), gramian.device)
     g = symmetric_float64(gramian)
     c, n, active = cosine_matrix(g, zero)
     if len(active) == 0:

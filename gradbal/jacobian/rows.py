@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradbal.jacobian.blocks import Block
@@ -29,7 +27,7 @@ from gradbal.jacobian.graph import (
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop, gradients_of
-from gradbal.jacobian.products import combine_by, combine_few, few_of, gramian_of_few
+from gradbal.jacobian.products import are_few, combine_by, combine_few, gramian_of_few
 
 __all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
 
@@ -46,7 +44,7 @@ class _Layout:
     shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
     views: for each task, the parts of its row, in the parameters' shapes, and the index of each
     part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
-    few: the buffer as an array, where there is so little that this is faster; or None.
+    few: whether the buffer is so small that plain floats are faster than operators.
     reached: for each task, indices of all that it reaches; none where that is not known.
     """
 
@@ -57,12 +55,12 @@ class _Layout:
     views: list[dict[int, Tensor]] = field(init=False)
     heads: list[list[int]] = field(init=False)
     reached: list[set[int]] = field(init=False)
-    few: NDArray[Any] | None = field(init=False)
+    few: bool = field(init=False)
     _slices: dict[tuple[int, int, int], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._slices = {}
-        self.few = few_of(self.buffer)
+        self.few = are_few(self.buffer)
         self.reached = [{k for k, yes in enumerate(reach or ()) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
@@ -438,8 +436,8 @@ class Rows:
 
     def product_of_few(self) -> Tensor | None:
         """The Gramian `[T, T]`, where the whole Jacobian is a few numbers on the host."""
-        few = self._current.few
-        return None if few is None else gramian_of_few(few.astype(np.float64))
+        layout = self._current
+        return gramian_of_few(layout.buffer) if layout.few else None
 
     @property
     def has_heads(self) -> bool:
@@ -508,8 +506,8 @@ class Rows:
                 layout.buffer[i].zero_()
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
-        if layout.few is not None and weights.device.type == "cpu":
-            parts = combine_few(weights.detach(), layout.few.astype(np.float64), sizes, dtypes)
+        if layout.few and weights.device.type == "cpu":
+            parts = combine_few(weights, layout.buffer, sizes, dtypes)
         else:
             parts = combine_by(weights, layout.buffer, sizes, dtypes)
         return [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
