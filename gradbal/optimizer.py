@@ -366,7 +366,7 @@ class MultiTaskOptimizer(Optimizer):
         except Exception as error:
             processes.failed(error)
             raise
-        if processes.size > 1:
+        if not processes.alone:
             batches = processes.meet(batches, batch_size, self._plan(*asked))
         batch, others = batches[0], batches[1:]
         lazy = any(isinstance(each, LazyLosses) for each in batches)
