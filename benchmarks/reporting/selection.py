@@ -1,0 +1,224 @@
+"""Which records make the tables: the newest settings, and of each method the trial it is given."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.benchmark import Benchmark
+from benchmarks.metrics import delta_m
+from benchmarks.report import measures_of
+from benchmarks.results import Metrics, Record, Run, Trial, best_by_run
+from benchmarks.runner import SINGLE_TASK
+
+__all__ = ["UNITARY", "Entry", "Selection", "choose", "select"]
+
+UNITARY = "unitary"
+"""The method name of the strong baseline: the plain sum with tuned weight decay and dropout."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What there is of one method on one architecture.
+
+    Attributes:
+        method, architecture: names.
+        trial: the one chosen on validation with the lowest seed.
+        good, failed: the runs of that trial, by seed.
+        tried, trials: how many trials of the grid were run with the lowest seed, and its size as
+            far as the file tells.
+        missing_seeds: how many of the table's seeds this trial has not been run with.
+    """
+
+    method: str
+    architecture: str
+    trial: Trial
+    good: tuple[Record, ...]
+    failed: tuple[Record, ...]
+    tried: int
+    trials: int
+    missing_seeds: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing of the grid and no seed is missing."""
+        return self.tried == self.trials and not self.missing_seeds
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The records of one benchmark that are compared.
+
+    Attributes:
+        benchmark: what was run.
+        entries: one for each method and architecture, single-task first.
+        records: all of them, tuning included, one a run.
+        seeds: those of any run; the first is the one that methods are tuned with.
+        left_aside: how many runs there are with other settings or versions.
+        left_seconds: what these took.
+    """
+
+    benchmark: Benchmark
+    entries: tuple[Entry, ...]
+    records: tuple[Record, ...]
+    seeds: tuple[int, ...]
+    left_aside: int
+    left_seconds: float
+
+    @property
+    def grid(self) -> tuple[Trial, ...]:
+        """All trials with the lowest seed, of any method."""
+        return tuple(sorted({r.run.trial for r in self.records if r.seed == self.seeds[0]}))
+
+
+def select(
+    records: Sequence[Record], benchmarks: Mapping[str, Benchmark]
+) -> tuple[list[Selection], Counter[str]]:
+    """The records that make the tables, and how many there are of benchmarks that are not known.
+
+    Of a benchmark's records those count that were run with the settings, but for the trial, and the
+    versions of the last one in the file.
+    """
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(record.benchmark, []).append(record)
+    unknown = Counter({name: len(r) for name, r in by_name.items() if name not in benchmarks})
+    # In the catalogue's order, whatever was run first.
+    known = [name for name in benchmarks if name in by_name]
+    return [_selection(benchmarks[name], by_name[name]) for name in known], unknown
+
+
+def choose(benchmark: Benchmark, records: Iterable[Record]) -> dict[tuple[str, str], Trial]:
+    """By method and architecture, the trial that does best on validation with the lowest seed.
+
+    What counts is Δm on the validation metrics, against single-task training with the middle
+    learning rate of its grid and without weight decay and dropout. Of equals the first in the order
+    of `Trial` is taken; a failed run loses against any other. Test metrics are not looked at.
+    """
+    records = list(records)
+    seed = min(record.seed for record in records)
+    first = [record for record in records if record.seed == seed]
+    reference = _reference(benchmark, [r for r in first if r.error is None])
+    scores: dict[tuple[str, str], list[tuple[float, Trial]]] = {}
+    # Where a method has no run with the lowest seed yet, what it has decides nothing.
+    for record in sorted(records, key=lambda r: (r.seed, r.run.trial)):
+        score = _score(benchmark, record, reference) if record.seed == seed else math.inf
+        scores.setdefault((record.method, record.architecture), []).append(
+            (score, record.run.trial)
+        )
+    return {row: min(found, key=lambda pair: pair[0])[1] for row, found in scores.items()}
+
+
+def _reference(benchmark: Benchmark, good: Sequence[Record]) -> dict[tuple[str, str], float]:
+    """By task and measure, what the validation metrics are compared with."""
+    plain = [r for r in good if r.method == SINGLE_TASK and r.run.trial[1:] == (0, 0)]
+    plain.sort(key=lambda r: r.run.trial)
+    if plain:
+        chosen = [plain[(len(plain) - 1) // 2].validation]
+    else:
+        # An early report may come before the baseline; any fixed reference ranks the trials.
+        chosen = [r.validation for r in good if r.validation]
+    found = {}
+    for task, measure in measures_of(benchmark):
+        values = [v[task.name][measure.name] for v in chosen if _has(v, task.name, measure.name)]
+        # Nothing can be told relative to 0.
+        if values and (mean := statistics.fmean(values)) != 0:
+            found[task.name, measure.name] = mean
+    return found
+
+
+def _score(
+    benchmark: Benchmark, record: Record, reference: Mapping[tuple[str, str], float]
+) -> float:
+    """Δm of the validation metrics, in percent; infinite for a run without."""
+    measures = [
+        (task.name, measure)
+        for task, measure in measures_of(benchmark)
+        if (task.name, measure.name) in reference
+    ]
+    if record.error is not None or not measures:
+        return math.inf
+    if not all(_has(record.validation, task, measure.name) for task, measure in measures):
+        return math.inf
+    return delta_m(
+        [record.validation[task][measure.name] for task, measure in measures],
+        [reference[task, measure.name] for task, measure in measures],
+        [measure.higher_is_better for _, measure in measures],
+    )
+
+
+def _has(metrics: Metrics, task: str, measure: str) -> bool:
+    return measure in metrics.get(task, {})
+
+
+def _conditions(record: Record) -> tuple[object, ...]:
+    """Everything that must agree between runs that are compared; architectures may differ."""
+    settings = {k: v for k, v in record.settings.items() if k not in Trial._fields}
+    versions = {k: v for k, v in record.versions.items() if k != "python"}
+    return sorted(settings.items()), sorted(versions.items())
+
+
+def _selection(benchmark: Benchmark, records: Sequence[Record]) -> Selection:
+    newest = _conditions(records[-1])
+    agreeing = [record for record in records if _conditions(record) == newest]
+    # The same settings and versions may still stand for a benchmark that has changed since.
+    marks = {record.architecture: record.fingerprint for record in agreeing}
+    current = [record for record in agreeing if record.fingerprint == marks[record.architecture]]
+    left = [record for record in records if record not in current]
+    best = best_by_run(current)
+    kept = tuple(best.values())
+    seeds = tuple(sorted({record.seed for record in kept}))
+    chosen = choose(benchmark, kept)
+    entries = [_entry(row, trial, best, seeds) for row, trial in chosen.items()]
+    order = {row: number for number, row in enumerate(_rows(benchmark, kept))}
+    entries.sort(key=lambda entry: order[entry.method, entry.architecture])
+    return Selection(
+        benchmark=benchmark,
+        entries=tuple(entries),
+        records=kept,
+        seeds=seeds,
+        left_aside=len(left),
+        left_seconds=math.fsum(record.train_seconds for record in left),
+    )
+
+
+def _rows(benchmark: Benchmark, records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Single-task, the plain sums, then methods as the benchmark and the file name them."""
+    first = (SINGLE_TASK, UNITARY, *benchmark.methods)
+    found = dict.fromkeys((record.method, record.architecture) for record in records)
+    places = {method: place for place, method in reversed(list(enumerate(first)))}
+    return sorted(found, key=lambda row: places.get(row[0], len(first)))
+
+
+def _entry(
+    row: tuple[str, str], trial: Trial, best: Mapping[Run, Record], seeds: Sequence[int]
+) -> Entry:
+    mine = [r for r in best.values() if (r.method, r.architecture) == row]
+    mine.sort(key=lambda r: r.seed)
+    at_trial = [r for r in mine if r.run.trial == trial]
+    tried = {r.run.trial for r in mine if r.seed == seeds[0]}
+    return Entry(
+        method=row[0],
+        architecture=row[1],
+        trial=trial,
+        good=tuple(r for r in at_trial if r.error is None),
+        failed=tuple(r for r in at_trial if r.error is not None),
+        tried=len(tried),
+        trials=len(_grid_of(row[0], tried, best.values(), seeds[0]) | tried),
+        missing_seeds=len(set(seeds) - {r.seed for r in at_trial}),
+    )
+
+
+def _grid_of(
+    method: str, tried: Iterable[Trial], records: Iterable[Record], seed: int
+) -> set[Trial]:
+    """The trials that a method should have: every learning rate that any other method has.
+
+    Unitary scalarisation has each of them with each of its own weight decays and dropout rates.
+    """
+    rates = {r.run.trial.lr for r in records if r.seed == seed}
+    rest = {trial[1:] for trial in tried} if method == UNITARY else {(0.0, 0.0)}
+    return {Trial(lr, *more) for lr in rates for more in rest}
