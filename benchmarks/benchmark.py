@@ -76,13 +76,25 @@ class Task:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs `[N, ...]` and, by task, targets `[N, ...]`."""
+    """Inputs `[N, ...]` and, by task, targets `[N, ...]`.
+
+    A target of floating-point numbers with a NaN is missing: it counts in no loss and no measure.
+    Where each example belongs to one task alone, it has NaN for the others.
+    """
 
     inputs: Tensor
     targets: Mapping[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def labelled(self, task: str) -> Tensor | None:
+        """Which examples have a target `[N]`, bool; None if all do."""
+        target = self.targets[task]
+        if not target.is_floating_point():
+            return None
+        known = ~target.isnan().flatten(1).any(1) if target.dim() > 1 else ~target.isnan()
+        return None if bool(known.all()) else known
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,8 @@ class Settings:
         train_size, validation_size, test_size: number of examples.
         epochs: passes over the training data.
         batch_size: examples a step; the last batch of an epoch may be smaller.
-        lr: Adam's learning rate.
+        lr, weight_decay: Adam's.
+        dropout: share of the shared features that is left out in training, in [0, 1).
     """
 
     data: str
@@ -113,6 +126,8 @@ class Settings:
     epochs: int
     batch_size: int
     lr: float
+    weight_decay: float = 0.0
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

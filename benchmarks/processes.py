@@ -41,6 +41,12 @@ _POLL_SECONDS = 0.02
 _SAID = "benchmarks said"
 """The key under which processes count who has said why all of them end."""
 
+_HEARD = "benchmarks heard"
+"""The key under which those are counted who end for that reason."""
+
+_PARTING = timedelta(seconds=2)
+"""How long the process that keeps the store waits for the others to hear why all of them end."""
+
 T = TypeVar("T")
 
 
@@ -177,6 +183,17 @@ class _Launched(Team):
         except RuntimeError:  # The store went with the process that had it.
             return True
 
+    def take_leave(self) -> None:
+        """Where all end for a reason that was said, let the others hear it: the store goes too."""
+        if not self.leads:
+            return
+        deadline = time.monotonic() + _PARTING.total_seconds()
+        with contextlib.suppress(RuntimeError):
+            while self._store.check([_SAID]) and time.monotonic() < deadline:
+                if self._store.add(_HEARD, 0) >= self.size - 1:
+                    return
+                time.sleep(_POLL_SECONDS)
+
     def _from_lead(self, post: str) -> str:
         text = self._wait(post, time.monotonic() + _LEAD_ALONE.total_seconds())
         if text is None:
@@ -192,6 +209,7 @@ class _Launched(Team):
         try:
             while not self._store.check([key]):
                 if self._store.check([_SAID]):
+                    self._store.add(_HEARD, 1)
                     raise EndedElsewhere("another process ended")
                 if time.monotonic() > deadline:
                     return None
@@ -228,6 +246,10 @@ def team() -> Iterator[Team]:
         with warnings.catch_warnings():
             # Of a layer with one channel, whose stride means nothing.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
-            yield _Launched(store, rank, size)
+            launched = _Launched(store, rank, size)
+            try:
+                yield launched
+            finally:
+                launched.take_leave()
     finally:
         dist.destroy_process_group()

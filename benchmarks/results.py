@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +15,32 @@ from typing import Any, NamedTuple
 from benchmarks.benchmark import Benchmark, Settings
 from benchmarks.errors import BadInput
 
-__all__ = ["Metrics", "Record", "ResultsFile", "Run", "best_by_run", "fingerprint", "versions"]
+__all__ = [
+    "Metrics",
+    "Record",
+    "ResultsFile",
+    "Run",
+    "Trial",
+    "best_by_run",
+    "fingerprint",
+    "versions",
+]
 
 Metrics = Mapping[str, Mapping[str, float]]
 """Values by task and measure."""
+
+
+class Trial(NamedTuple):
+    """What is tuned: learning rate, weight decay, and dropout of the shared features."""
+
+    lr: float
+    weight_decay: float
+    dropout: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Trial:
+        """The part of the settings that is tuned."""
+        return cls(settings.lr, settings.weight_decay, settings.dropout)
 
 
 class Run(NamedTuple):
@@ -27,6 +49,7 @@ class Run(NamedTuple):
     method: str
     seed: int
     architecture: str
+    trial: Trial
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,8 @@ class Record:
     """One run: a benchmark, method, architecture and seed, and what came of it.
 
     Attributes:
-        fingerprint: of the settings and versions; only records with the same one are compared.
+        fingerprint: of the versions and of the settings but for the trial; only records with the
+            same one are compared.
         error: None for a run that ended well, else the exception in one line; a failed run has no
             metrics.
         test, validation: the metrics on the two held-out sets.
@@ -42,7 +66,7 @@ class Record:
         step_time: duration of a training step over that of one with `sum(losses).backward()`;
             None where it could not be measured. The sum is that of the benchmark's own network,
             whatever the architecture.
-        train_seconds: wall time of the training.
+        train_seconds: time of the training steps; CPU time on one thread.
         settings, versions: in full, for the reader; `fingerprint` stands for them.
         parameters: how many numbers are trained, over all networks of the run; None in files from
             before it was written.
@@ -50,6 +74,11 @@ class Record:
             from before it was written.
         processes: how many trained together. Batches are the same whatever their number, and so
             are the metrics up to rounding; the step's time is not.
+        curve: an entry for each epoch, see `benchmarks.training.train`; empty where several
+            networks were trained.
+        peak_bytes: most tensor memory at once in a training step, above the parameters and the
+            optimizer's state; None where it could not be measured.
+        threads: of PyTorch.
     """
 
     benchmark: str
@@ -68,11 +97,20 @@ class Record:
     parameters: int | None = None
     step_seconds: float | None = None
     processes: int = 1
+    curve: Sequence[Mapping[str, Any]] = ()
+    peak_bytes: int | None = None
+    threads: int = 1
+
+    @property
+    def trial(self) -> Trial:
+        """What of the settings is tuned."""
+        found = self.settings
+        return Trial(found["lr"], found.get("weight_decay", 0.0), found.get("dropout", 0.0))
 
     @property
     def run(self) -> Run:
         """Which run this is."""
-        return Run(self.method, self.seed, self.architecture)
+        return Run(self.method, self.seed, self.architecture, self.trial)
 
 
 class ResultsFile:
@@ -144,16 +182,19 @@ def versions() -> dict[str, str]:
 def fingerprint(benchmark: Benchmark, settings: Settings, architecture: str | None = None) -> str:
     """Twelve hex digits that stand for the settings, the benchmark's revision and the versions.
 
+    What is tuned is not part of them: the trials of a method belong to one table.
+
     Args:
         benchmark, settings: what is run.
         architecture: a name; the benchmark's own network if left out.
     """
     found = versions()
+    fixed = {name: value for name, value in asdict(settings).items() if name not in Trial._fields}
     identity = {
         "benchmark": benchmark.name,
         "architecture": architecture or benchmark.architecture,
         "revision": benchmark.revision,
-        "settings": asdict(settings),
+        "settings": fixed,
         "gradbal": found["gradbal"],
         "torch": found["torch"],
     }

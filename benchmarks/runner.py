@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from benchmarks.benchmark import Benchmark, Preset, Settings, Splits
 from benchmarks.errors import one_line
 from benchmarks.processes import ALONE, Team
-from benchmarks.results import Record, ResultsFile, Run, best_by_run, fingerprint, versions
+from benchmarks.results import (
+    Record,
+    ResultsFile,
+    Run,
+    Trial,
+    best_by_run,
+    fingerprint,
+    versions,
+)
 from benchmarks.timing import Contestant, StepTime, step_times
-from benchmarks.training import Learner, evaluate, steps_per_run, train
+from benchmarks.training import Learner, evaluate, step_clock, steps_per_run, train
 
 __all__ = ["HPS", "SINGLE_TASK", "Plan", "execute"]
 
@@ -71,7 +80,10 @@ class Plan:
         methods = [method for method in dict.fromkeys(self.methods) if method != SINGLE_TASK]
         rows = [(SINGLE_TASK, self.benchmark.architecture)]
         rows += [(method, name) for name in self.compared for method in methods]
-        return [Run(method, seed, name) for seed in range(self.seeds) for method, name in rows]
+        trial = Trial.of(self.settings)
+        return [
+            Run(method, seed, name, trial) for seed in range(self.seeds) for method, name in rows
+        ]
 
     def label(self, method: str, architecture: str) -> str:
         """What a row of the table is called where there is one word for it."""
@@ -109,7 +121,7 @@ def execute(
     """
     found = team.lead(lambda: _missing(plan, results, console, team))
     # As JSON brings them.
-    pending = [Run(*run) for run in found[0]]
+    pending = [Run(*run[:3], Trial(*run[3])) for run in found[0]]
     known = {Contestant(*who): StepTime(*lasted) for who, lasted in found[1]}
     if not pending:
         return
@@ -165,7 +177,7 @@ def _missing(
         found_here = f"{found} of {total} runs found in {results.path}{beside}"
         console.print(found_here, soft_wrap=True, markup=False)
     times = [
-        (_timed(run), StepTime(record.step_time, record.step_seconds))
+        (_timed(run), StepTime(record.step_time, record.step_seconds, record.peak_bytes))
         for run, record in known.items()
         if record.step_time is not None and record.processes == team.size
     ]
@@ -226,8 +238,8 @@ def _run(
     validation: dict[str, dict[str, float]] = {}
     error: str | None = None
     description = ""
-    start = time.perf_counter()
     seconds = 0.0
+    curve: list[dict[str, Any]] = []
     parameters = 0
     try:
         for tasks in groups:
@@ -236,15 +248,18 @@ def _run(
             )
             description = learner.description
             parameters += learner.parameters
-            start = time.perf_counter()
+            clock = step_clock(team)
+            start = clock()
             learner.prepare(splits)
-            train(learner, splits, plan.settings, run.seed, after_step)
-            seconds += time.perf_counter() - start
+            seconds += clock() - start
+            probe = not single and run.architecture == benchmark.architecture and team.size == 1
+            lasted, curve = train(learner, splits, plan.settings, run.seed, after_step, probe)
+            seconds += lasted
             test.update(evaluate(learner, splits.test))
             validation.update(evaluate(learner, splits.validation))
     except Exception as exception:
         error = one_line(exception)
-        test, validation = {}, {}
+        test, validation, curve = {}, {}, []
     error = team.settle(error)
     return Record(
         benchmark=benchmark.name,
@@ -263,4 +278,7 @@ def _run(
         parameters=parameters,
         step_seconds=step_time.seconds if step_time else None,
         processes=team.size,
+        curve=[] if single else curve,
+        peak_bytes=step_time.peak_bytes if step_time else None,
+        threads=torch.get_num_threads(),
     )

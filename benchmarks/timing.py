@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,9 @@ import torch
 from benchmarks.benchmark import Benchmark, Settings, Split
 from benchmarks.errors import one_line
 from benchmarks.processes import ALONE, Team
-from benchmarks.training import Learner, batches
+from benchmarks.speed.counting import Allocations
+from benchmarks.training import Learner, batches, step_clock
+from gradbal import MultiTaskOptimizer
 
 __all__ = ["Contestant", "StepTime", "step_times"]
 
@@ -27,10 +28,17 @@ class Contestant(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """A step's duration over that of the plain sum on the benchmark's own network, and as it is."""
+    """What a step takes.
+
+    Attributes:
+        ratio: its duration over that of the plain sum on the benchmark's own network.
+        seconds: its duration.
+        peak_bytes: most tensor memory at once, above the parameters and the optimizer's state.
+    """
 
     ratio: float
     seconds: float | None
+    peak_bytes: int | None
 
 
 def step_times(
@@ -57,10 +65,7 @@ def step_times(
         after_round: called after each measured round.
         team: the processes that make the steps together; messages between them are part of a step.
     """
-    # On one thread CPU time is the duration without what other programs took in between; it is
-    # without the waiting for other processes too, which belongs to a step.
-    alone = team.size == 1 and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
+    clock = step_clock(team)
     batch = next(batches(train_split, settings, seed=0))
     plain = Contestant(None, benchmark.architecture)
     learners: dict[Contestant, Learner] = {}
@@ -87,11 +92,25 @@ def step_times(
             learners[name].step(batch, batch)
             seconds[name].append(clock() - start)
         after_round()
+    peaks = {name: None if team.size > 1 else _peak(learners[name], batch) for name in names}
     return {
         contestant: StepTime(
             statistics.median(a / b for a, b in zip(found, seconds[plain], strict=True)),
             statistics.median(found),
+            peaks[contestant],
         )
         for contestant, found in seconds.items()
         if contestant in contestants
     }
+
+
+def _peak(learner: Learner, batch: Split) -> int:
+    """Bytes at the peak of a step, with what is otherwise kept from step to step."""
+    optimizer = learner.optimizer
+    if isinstance(optimizer, MultiTaskOptimizer):
+        optimizer.zero_grad(free_buffers=True)
+    else:
+        optimizer.zero_grad()
+    with Allocations(torch.device("cpu")) as memory, memory.watched():
+        learner.step(batch, batch)
+    return memory.peak
