@@ -8,6 +8,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -300,6 +301,35 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: 
     write_plot(plan, rows, picture)
     typer.echo(f"Written: {results.path}, {table}, {picture}")
     return len(failed)
+
+
+class ReportFormat(str, Enum):
+    """What `report --format` takes."""
+
+    html = "html"
+    markdown = "markdown"
+    latex = "latex"
+    all = "all"
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with results.jsonl, as `run` fills it.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report; DIR if left out.")
+    ] = None,
+    format: Annotated[ReportFormat, typer.Option(help="What to write.")] = ReportFormat.all,
+) -> None:
+    """Report what has been run so far: an HTML page, Markdown, and tables for LaTeX."""
+    from benchmarks.catalog import BENCHMARKS
+    from benchmarks.reporting.write import FORMATS, write_report
+
+    formats = tuple(FORMATS) if format is ReportFormat.all else (format.value,)
+    with _ending("", lambda: True):
+        written = write_report(folder, folder if out is None else out, formats, BENCHMARKS)
+    typer.echo(f"Written: {', '.join(map(str, written))}")
 
 
 add_commands(app)

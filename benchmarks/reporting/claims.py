@@ -158,9 +158,7 @@ def _no_method_beats_unitary(summaries: Sequence[Summary], overall: Overall) -> 
     if not rivals:
         return None
     ahead = sorted((m for m in rivals if ranks[m] < mine), key=lambda m: ranks[m])
-    significant = [
-        m for m in ahead if overall.difference and mine - ranks[m] >= overall.difference
-    ]
+    significant = [m for m in ahead if overall.difference and mine - ranks[m] >= overall.difference]
     pairs = {m: _differences(summaries, m, UNITARY) for m in rivals}
     always = [m for m, found in pairs.items() if found and max(found) < 0]
     count = len(overall.benchmarks)

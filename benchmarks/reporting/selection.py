@@ -71,7 +71,7 @@ class Selection:
     @property
     def grid(self) -> tuple[Trial, ...]:
         """All trials with the lowest seed, of any method."""
-        return tuple(sorted({r.run.trial for r in self.records if r.seed == self.seeds[0]}))
+        return tuple(sorted({r.trial for r in self.records if r.seed == self.seeds[0]}))
 
 
 def select(
@@ -104,18 +104,16 @@ def choose(benchmark: Benchmark, records: Iterable[Record]) -> dict[tuple[str, s
     reference = _reference(benchmark, [r for r in first if r.error is None])
     scores: dict[tuple[str, str], list[tuple[float, Trial]]] = {}
     # Where a method has no run with the lowest seed yet, what it has decides nothing.
-    for record in sorted(records, key=lambda r: (r.seed, r.run.trial)):
+    for record in sorted(records, key=lambda r: (r.seed, r.trial)):
         score = _score(benchmark, record, reference) if record.seed == seed else math.inf
-        scores.setdefault((record.method, record.architecture), []).append(
-            (score, record.run.trial)
-        )
+        scores.setdefault((record.method, record.architecture), []).append((score, record.trial))
     return {row: min(found, key=lambda pair: pair[0])[1] for row, found in scores.items()}
 
 
 def _reference(benchmark: Benchmark, good: Sequence[Record]) -> dict[tuple[str, str], float]:
     """By task and measure, what the validation metrics are compared with."""
-    plain = [r for r in good if r.method == SINGLE_TASK and r.run.trial[1:] == (0, 0)]
-    plain.sort(key=lambda r: r.run.trial)
+    plain = [r for r in good if r.method == SINGLE_TASK and r.trial[1:] == (0, 0)]
+    plain.sort(key=lambda r: r.trial)
     if plain:
         chosen = [plain[(len(plain) - 1) // 2].validation]
     else:
@@ -198,8 +196,8 @@ def _entry(
 ) -> Entry:
     mine = [r for r in best.values() if (r.method, r.architecture) == row]
     mine.sort(key=lambda r: r.seed)
-    at_trial = [r for r in mine if r.run.trial == trial]
-    tried = {r.run.trial for r in mine if r.seed == seeds[0]}
+    at_trial = [r for r in mine if r.trial == trial]
+    tried = {r.trial for r in mine if r.seed == seeds[0]}
     return Entry(
         method=row[0],
         architecture=row[1],
@@ -207,18 +205,14 @@ def _entry(
         good=tuple(r for r in at_trial if r.error is None),
         failed=tuple(r for r in at_trial if r.error is not None),
         tried=len(tried),
-        trials=len(_grid_of(row[0], tried, best.values(), seeds[0]) | tried),
+        trials=len(_grid_of(best.values(), seeds[0]) | tried),
         missing_seeds=len(set(seeds) - {r.seed for r in at_trial}),
     )
 
 
-def _grid_of(
-    method: str, tried: Iterable[Trial], records: Iterable[Record], seed: int
-) -> set[Trial]:
-    """The trials that a method should have: every learning rate that any other method has.
+def _grid_of(records: Iterable[Record], seed: int) -> set[Trial]:
+    """The trials that a method should have: every learning rate that any of them has.
 
-    Unitary scalarisation has each of them with each of its own weight decays and dropout rates.
+    Unitary scalarisation has more, at its best learning rate.
     """
-    rates = {r.run.trial.lr for r in records if r.seed == seed}
-    rest = {trial[1:] for trial in tried} if method == UNITARY else {(0.0, 0.0)}
-    return {Trial(lr, *more) for lr in rates for more in rest}
+    return {Trial(r.trial.lr, 0.0, 0.0) for r in records if r.seed == seed}

@@ -26,7 +26,18 @@ from benchmarks.reporting.stats import (
 from benchmarks.results import Metrics, Record
 from benchmarks.runner import SINGLE_TASK
 
-__all__ = ["PLAIN", "Line", "Overall", "Reached", "Summary", "compare", "summarise"]
+__all__ = [
+    "PLAIN",
+    "Line",
+    "Overall",
+    "Reached",
+    "Summary",
+    "compare",
+    "flags",
+    "matrix",
+    "summarise",
+    "validation_loss",
+]
 
 PLAIN = ("mean", "sum", "ew")
 """Linear scalarisation with equal weights (LS, EW) under its names, the first found is taken."""
@@ -169,7 +180,9 @@ def summarise(selection: Selection) -> Summary:
     baseline = matrix(benchmark, single) if single else None
     if baseline is not None and not baseline.mean(0).all():
         baseline = None
-    validation = [_vector(benchmark, r.validation) for r in single if _whole(benchmark, r.validation)]
+    validation = [
+        _vector(benchmark, r.validation) for r in single if _whole(benchmark, r.validation)
+    ]
     on_validation = np.mean(validation, axis=0) if validation else None
     if on_validation is not None and not on_validation.all():
         on_validation = None
@@ -178,7 +191,7 @@ def summarise(selection: Selection) -> Summary:
     several = len({e.architecture for e in selection.entries}) > 1
     lines = []
     for entry, rank in zip(selection.entries, ranks, strict=True):
-        records = entry.good or entry.failed
+        records = (*entry.good, *entry.failed)
         row = row_of(benchmark, records, [r.test for r in single] if baseline is not None else [])
         lines.append(
             Line(
