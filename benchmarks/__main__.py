@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-for _package in ("typer", "rich", "matplotlib", "torchmetrics"):
+for _package in ("typer", "rich", "matplotlib", "torchmetrics", "scipy", "jinja2"):
     if importlib.util.find_spec(_package) is None:
         sys.exit(f'python -m benchmarks needs {_package}: pip install "gradbal[bench]"')
 

@@ -94,7 +94,6 @@ def labelled_points(axes: Axes, points: Sequence[Point]) -> None:
             xy=(point.x, point.y),
             xytext=(1.06, (number + 0.5) / len(points)),
             textcoords="axes fraction",
-            color=colour,
             va="center",
             annotation_clip=False,
             arrowprops={

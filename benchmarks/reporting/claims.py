@@ -117,7 +117,8 @@ def set_findings(summary: Summary) -> SetFinding:
     """See there; the benchmark has to have a baseline."""
     lines = [line for line in summary.lines if line.interval is not None]
     others = [line for line in lines if line.entry.method != SINGLE_TASK]
-    plain = next((p for m in (UNITARY, *PLAIN) if (p := summary.line(m)) is not None), None)
+    names = (UNITARY, *PLAIN)
+    plain = next((found for m in names if (found := summary.line(m)) is not None), None)
     compared = []
     if plain is not None and len(plain.entry.good) > 1:
         compared = [
@@ -131,14 +132,10 @@ def set_findings(summary: Summary) -> SetFinding:
         better_than_single=tuple(n.label for n in others if n.interval and n.interval.high < 0),
         worse_than_single=tuple(n.label for n in others if n.interval and n.interval.low > 0),
         plain=plain.label if plain is not None else None,
-        better_than_plain=_labels(compared, lambda low, high: high < 0) if compared else None,
-        worse_than_plain=_labels(compared, lambda low, high: low > 0) if compared else None,
+        better_than_plain=tuple(n.label for n, i in compared if i.high < 0) if compared else None,
+        worse_than_plain=tuple(n.label for n, i in compared if i.low > 0) if compared else None,
         chance=chance_of_separation(seeds, seeds) if seeds > 1 else None,
     )
-
-
-def _labels(compared, holds):  # type: ignore[no-untyped-def]
-    return tuple(line.label for line, interval in compared if holds(*interval))
 
 
 def _source(name: str) -> Source:
@@ -262,7 +259,7 @@ def _mgda_is_worst(overall: Overall) -> Finding | None:
     )
     rank = overall.rank("mgda")
     return Finding(
-        "MGDA is the worst method on Δm",
+        "MGDA has the worst Δm, as on Cityscapes and CelebA",
         (SOURCES["nash_mtl"], SOURCES["famo"]),
         f"MGDA's Δm among the methods of our list: {theirs}",
         verdict,
@@ -279,19 +276,19 @@ def _worst(name: str) -> str:
 def _mgda_is_uneven(summaries: Sequence[Summary]) -> Finding | None:
     spreads = []
     for summary in summaries:
-        plain = next((p for m in PLAIN if (p := summary.line(m)) is not None), None)
+        plain = next((found for m in PLAIN if (found := summary.line(m)) is not None), None)
         mgda = summary.line("mgda")
         if mgda is not None and plain is not None and len(mgda.changes) > 1:
             spreads.append((_spread(mgda), _spread(plain)))
     if not spreads:
         return None
-    differences = [mine - theirs for mine, theirs in spreads]
+    differences = [of_mgda - of_plain for of_mgda, of_plain in spreads]
     p = signed_rank_p(differences)
     larger = sum(difference > 0 for difference in differences)
     verdict: Verdict = "undecided"
     if p < _LEVEL:
         verdict = "holds" if statistics.median(differences) > 0 else "does not hold"
-    mine, theirs = (statistics.median(column) for column in zip(*spreads, strict=True))
+    middles = [statistics.median(column) for column in zip(*spreads, strict=True)]
     return Finding(
         "MGDA serves the tasks with small gradients at the cost of the others",
         (SOURCES["imtl_g"],),
@@ -299,7 +296,7 @@ def _mgda_is_uneven(summaries: Sequence[Summary]) -> Finding | None:
         verdict,
         "Seen by its result, the distance between the best and the worst task's change against "
         f"single-task training: larger than with plain averaging on {larger} of {len(spreads)}, "
-        f"median {mine:.2f} against {theirs:.2f} points, Wilcoxon p = {p:.3f}.",
+        f"median {middles[0]:.2f} against {middles[1]:.2f} points, Wilcoxon p = {p:.3f}.",
     )
 
 
@@ -324,7 +321,7 @@ def _sharing_helps(summaries: Sequence[Summary]) -> Finding | None:
         verdict = "holds" if statistics.median(m for _, m, _ in best) < 0 else "does not hold"
     return Finding(
         "One shared network, trained on the plain sum, is better than a network a task",
-        (SOURCES["kurin"],),
+        (SOURCES["caruana"],),
         "",
         verdict,
         f"Interval of Δm entirely below single-task on {len(below)} of {len(best)}"

@@ -366,7 +366,8 @@ def _weights(summary: Summary, found: Mapping[str, Looks]) -> _Drawn | None:
             )
         axes.axhline(1 / len(tasks), color=_GREY, linewidth=0.7, zorder=0)
         axes.set_title(line.label)
-        axes.set_ylim(bottom=0)
+    highest = max(axes.dataLim.y1 for axes in grid)
+    grid[0].set_ylim(0, 1.05 * highest)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(tasks)))
     figure.supylabel("weight", fontsize=9)
@@ -392,8 +393,10 @@ def _conflicts(summary: Summary, found: Mapping[str, Looks]) -> _Drawn | None:
     if not lines:
         return None
     figure, grid = _grid(len(lines), extra=0.6)
-    both = (("conflicts", "share of conflicting pairs", "#D55E00", "-"),)
-    both += (("cosine", "mean cosine", "#0072B2", "--"),)
+    both = (
+        ("conflicts", "share of conflicting pairs", "#D55E00", "-"),
+        ("cosine", "mean cosine", "#0072B2", "--"),
+    )
     for axes, line in zip(grid, lines, strict=False):
         for name, label, colour, dashes in both:
             per_seed = [

@@ -56,7 +56,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _findings(document: Document) -> str:
-    lines = [_row(["claim", "here", "our numbers", "their numbers", "claimed by"])]
+    lines = [_row(["claim", "here", "our numbers", "published numbers", "claimed by"])]
     lines.append(_row(["---"] * 5))
     for finding in document.findings:
         sources = "; ".join(f"[{escape(s.title)}]({s.link})" for s in finding.sources)

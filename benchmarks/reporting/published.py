@@ -15,6 +15,10 @@ class Source(NamedTuple):
 
 
 SOURCES = {
+    "caruana": Source(
+        "Multitask Learning, Machine Learning 28, 1997",
+        "https://doi.org/10.1023/A:1007379606734",
+    ),
     "cagrad": Source(
         "Conflict-Averse Gradient Descent for Multi-task Learning, NeurIPS 2021",
         "https://arxiv.org/abs/2110.14048",

@@ -32,7 +32,7 @@ def critical_difference_diagram(overall: Overall, found: Mapping[str, Looks]) ->
     # Downwards, in rows: the axis is at 0, then bars, then names.
     bars = [0.45 + 0.4 * number for number in range(len(groups))]
     first = 0.9 + 0.4 * len(groups)
-    depth = first + max(len(left), len(right))
+    depth: float = first + max(len(left), len(right))
     with style():
         figure = Figure(figsize=(7.4, _ROW * (depth + 2.6)))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -56,17 +56,17 @@ def critical_difference_diagram(overall: Overall, found: Mapping[str, Looks]) ->
             ha="right",
             va="center",
         )
-        for (start, end), height in zip(groups, bars, strict=True):
-            axes.plot([start - 0.05, end + 0.05], [height, height], color=INK, linewidth=3.5)
+        for (start, end), down in zip(groups, bars, strict=True):
+            axes.plot([start - 0.05, end + 0.05], [down, down], color=INK, linewidth=3.5)
         for names, edge, towards, align in (
             (left, 1 - 0.06 * side, -1, "right"),
             (right, count + 0.06 * side, 1, "left"),
         ):
-            for place, (rank, method) in enumerate(names):
+            for place, (mean, method) in enumerate(names):
                 height = first + place + 0.5
                 colour = found[method].colour
-                axes.plot([rank, rank, edge], [0, height, height], color=colour, linewidth=1)
-                text = (f"{method}  {rank:.2f}") if towards < 0 else f"{rank:.2f}  {method}"
+                axes.plot([mean, mean, edge], [0, height, height], color=colour, linewidth=1)
+                text = f"{method}  {mean:.2f}" if towards < 0 else f"{mean:.2f}  {method}"
                 axes.text(edge + towards * 0.02 * side, height, text, ha=align, va="center")
         title = "Critical-difference diagram"
         svg = draw(figure, "critical-difference", title)

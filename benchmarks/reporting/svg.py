@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -19,7 +20,9 @@ INK = "#010203"
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 _HREFS = ("href", f"{{{_XLINK}}}href")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
+    # A dollar in a name is no formula.
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "gradbal",
     "font.size": 9,

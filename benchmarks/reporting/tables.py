@@ -191,9 +191,9 @@ def _cost(summary: Summary) -> Table:
             )
         )
     caption = (
-        "Time and memory. Step: over that of the plain sum; seconds: training steps of a run; peak: "
-        "tensors of one training step above network and optimizer; conflicts: share of pairs of "
-        "tasks whose gradients have a negative inner product."
+        "Time and memory. Step: over that of the plain sum; seconds: training steps of a run; "
+        "peak: tensors of one training step above network and optimizer; conflicts: share of pairs "
+        "of tasks whose gradients have a negative inner product."
     )
     if summary.target is not None:
         caption += (
