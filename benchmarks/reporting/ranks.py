@@ -34,12 +34,12 @@ def critical_difference_diagram(overall: Overall, found: Mapping[str, Looks]) ->
     first = 0.9 + 0.4 * len(groups)
     depth: float = first + max(len(left), len(right))
     with style():
-        figure = Figure(figsize=(7.4, _ROW * (depth + 2.6)))
+        figure = Figure(figsize=(7.4, _ROW * (depth + 3.2)))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         axes.set_axis_off()
         side = 0.34 * (count - 1)
         axes.set_xlim(1 - side, count + side)
-        axes.set_ylim(depth + 0.3, -2.3)
+        axes.set_ylim(depth + 0.3, -2.9)
         axes.plot([1, count], [0, 0], color=INK, linewidth=1)
         step = 1 if count <= 16 else 2
         for rank in range(1, count + 1, step):
@@ -49,13 +49,8 @@ def critical_difference_diagram(overall: Overall, found: Mapping[str, Looks]) ->
         axes.plot([1, 1 + width], [-1.5, -1.5], color=INK, linewidth=1.5)
         for end in (1, 1 + width):
             axes.plot([end, end], [-1.65, -1.35], color=INK, linewidth=1.5)
-        axes.text(
-            1 - 0.02 * side,
-            -1.5,
-            f"critical difference {overall.difference:.2f} ",
-            ha="right",
-            va="center",
-        )
+        named = f"critical difference {overall.difference:.2f}"
+        axes.text(1, -1.75, named, ha="left", va="bottom")
         for (start, end), down in zip(groups, bars, strict=True):
             axes.plot([start - 0.05, end + 0.05], [down, down], color=INK, linewidth=3.5)
         for names, edge, towards, align in (
