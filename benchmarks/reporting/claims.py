@@ -35,6 +35,9 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 
 _LEVEL = 0.05
 
+_FEWEST = 3
+"""Benchmarks that a claim about all of them needs."""
+
 _CHEAP = 1.25
 """A step of at most this many times the plain one's still counts as "as cheap"."""
 
@@ -162,7 +165,7 @@ def _no_method_beats_unitary(summaries: Sequence[Summary], overall: Overall) -> 
     verdict: Verdict = "holds"
     if significant:
         verdict = "does not hold"
-    elif always or count < 3:
+    elif always or count < _FEWEST:
         verdict = "undecided"
     evidence = (
         f"Unitary scalarisation has mean rank {mine:.2f} of {len(ranks)} methods on {count} "
@@ -247,9 +250,9 @@ def _mgda_is_worst(overall: Overall) -> Finding | None:
     worst = [others[int(row[columns].argmax())] for row in overall.ranks]
     count = worst.count("mgda")
     verdict: Verdict = "undecided"
-    if count == 0:
+    if len(worst) >= _FEWEST and count == 0:
         verdict = "does not hold"
-    elif 2 * count > len(worst):
+    elif len(worst) >= _FEWEST and 2 * count > len(worst):
         verdict = "holds"
     on = [name for name, m in zip(overall.benchmarks, worst, strict=True) if m == "mgda"]
     published = {name: _worst(name) for name in ("NYUv2", "Cityscapes", "QM9", "CelebA")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.benchmark import Measure, Task
 from benchmarks.report import Stat, cell, measures_of, words
@@ -135,8 +135,10 @@ def _results(summary: Summary, measures: Sequence[tuple[Task, Measure]]) -> Tabl
         header.append(_heading(task, measure))
         stats = [_scaled(line.row.test[task.name, measure.name], measure) for line in lines]
         columns.append(_column(stats, not measure.higher_is_better, lines, measure.digits))
+    shown = [measure for _, measure in measures]
     if not measures:
-        for measure in _common(summary):
+        shown = _common(summary)
+        for measure in shown:
             header.append(f"mean {measure.name}{' %' if measure.percent else ''}")
             means = [_over_tasks(summary, line, measure) for line in lines]
             columns.append(_column(means, not measure.higher_is_better, lines, measure.digits))
@@ -149,7 +151,7 @@ def _results(summary: Summary, measures: Sequence[tuple[Task, Measure]]) -> Tabl
     seeds = max((line.row.seeds for line in lines), default=0)
     caption = "Test set" + (", mean ± sample standard deviation over seeds" if seeds > 1 else "")
     caption += (
-        f"; {_arrows(measures)}Δm: lower is better, Δp: higher is better, both against the mean of "
+        f"; {_arrows(shown)}Δm: lower is better, Δp: higher is better, both against the mean of "
         "the single-task runs; rank: mean over all metrics. In bold the best, single-task aside."
     )
     if seeds > 1:
@@ -229,7 +231,8 @@ def _by_task(summary: Summary, measures: Sequence[tuple[Task, Measure]]) -> Tabl
         rows.append((Cell(_heading(task, measure)), *cells))
     return Table(
         f"{_id(summary)}-tasks",
-        f"Test set, task by task. {_arrows(measures)}In bold the best, single-task aside.",
+        f"Test set, task by task; {_arrows(m for _, m in measures)}in bold the best, single-task "
+        "aside.",
         ("task", *(line.label for line in lines)),
         tuple(rows),
         wide=True,
@@ -264,9 +267,9 @@ def _heading(task: Task, measure: Measure) -> str:
     return f"{words(task.name)} {words(measure.name)}{' %' if measure.percent else ''}"
 
 
-def _arrows(measures: Sequence[tuple[Task, Measure]]) -> str:
+def _arrows(measures: Iterable[Measure]) -> str:
     """Which way is better, once for each name of a measure."""
-    ways = {words(m.name): "higher" if m.higher_is_better else "lower" for _, m in measures}
+    ways = {words(m.name): "higher" if m.higher_is_better else "lower" for m in measures}
     return "".join(f"{name}: {way} is better; " for name, way in ways.items())
 
 
