@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.benchmark import SINGLE_TASK
+from benchmarks.plan import Plan
 from benchmarks.report import Row, Stat, write_whole
-from benchmarks.runner import SINGLE_TASK, Plan
 
 __all__ = ["COLOURS", "MARKERS", "Point", "labelled_points", "write_plot"]
 

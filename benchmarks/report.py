@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.benchmark import Benchmark, Measure, Task
+from benchmarks.benchmark import SINGLE_TASK, Benchmark, Measure, Task
 from benchmarks.metrics import delta_m, delta_p
+from benchmarks.plan import Plan
 from benchmarks.results import Metrics, Record
-from benchmarks.runner import SINGLE_TASK, Plan
 
 __all__ = [
     "Row",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.benchmark import Benchmark, Settings
+from benchmarks.benchmark import UNITARY, Benchmark, Settings
 from benchmarks.errors import BadInput
 from benchmarks.report import words
 from benchmarks.reporting.claims import findings, set_findings
@@ -14,7 +14,7 @@ from benchmarks.reporting.document import Document, Fact, Part, Table
 from benchmarks.reporting.figures import Looks, looks, pictures
 from benchmarks.reporting.left import left_by_others
 from benchmarks.reporting.ranks import critical_difference_diagram
-from benchmarks.reporting.selection import UNITARY, Selection, select
+from benchmarks.reporting.selection import Selection, select
 from benchmarks.reporting.summary import Overall, Summary, compare, summarise
 from benchmarks.reporting.tables import (
     benchmark_tables,

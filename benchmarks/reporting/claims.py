@@ -15,6 +15,7 @@ from typing import Literal
 
 from scipy import stats
 
+from benchmarks.benchmark import SINGLE_TASK, UNITARY
 from benchmarks.reporting.published import (
     DELTA_M,
     SOURCES,
@@ -24,10 +25,8 @@ from benchmarks.reporting.published import (
     order_of,
     quote,
 )
-from benchmarks.reporting.selection import UNITARY
 from benchmarks.reporting.stats import chance_of_separation, signed_rank_p
 from benchmarks.reporting.summary import PLAIN, Line, Overall, Summary
-from benchmarks.runner import SINGLE_TASK
 
 __all__ = ["Finding", "SetFinding", "Verdict", "findings", "set_findings"]
 

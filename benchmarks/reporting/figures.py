@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.benchmark import SINGLE_TASK
 from benchmarks.plot import COLOURS, MARKERS, Point, labelled_points
 from benchmarks.report import words
 from benchmarks.reporting.stats import relative_loss
 from benchmarks.reporting.summary import PLAIN, Line, Summary, flags, matrix, validation_loss
 from benchmarks.reporting.svg import INK, draw, style
 from benchmarks.results import Record
-from benchmarks.runner import SINGLE_TASK
 
 __all__ = ["Looks", "Picture", "looks", "pictures"]
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.benchmark import Benchmark
-from benchmarks.metrics import delta_m
-from benchmarks.report import measures_of
-from benchmarks.results import Metrics, Record, Run, Trial, best_by_run
-from benchmarks.runner import SINGLE_TASK
+from benchmarks.benchmark import SINGLE_TASK, UNITARY, Benchmark
+from benchmarks.results import Record, Run, Trial, best_by_run
+from benchmarks.tuning import Row, chosen_trials
 
-__all__ = ["UNITARY", "Entry", "Selection", "choose", "select"]
-
-UNITARY = "unitary"
-"""The method name of the strong baseline: the plain sum with tuned weight decay and dropout."""
+__all__ = ["Entry", "Selection", "select"]
 
 
 @dataclass(frozen=True)
@@ -91,67 +85,6 @@ def select(
     return [_selection(benchmarks[name], by_name[name]) for name in known], unknown
 
 
-def choose(benchmark: Benchmark, records: Iterable[Record]) -> dict[tuple[str, str], Trial]:
-    """By method and architecture, the trial that does best on validation with the lowest seed.
-
-    What counts is Δm on the validation metrics, against single-task training with the middle
-    learning rate of its grid and without weight decay and dropout. Of equals the first in the order
-    of `Trial` is taken; a failed run loses against any other. Test metrics are not looked at.
-    """
-    records = list(records)
-    seed = min(record.seed for record in records)
-    first = [record for record in records if record.seed == seed]
-    reference = _reference(benchmark, [r for r in first if r.error is None])
-    scores: dict[tuple[str, str], list[tuple[float, Trial]]] = {}
-    # Where a method has no run with the lowest seed yet, what it has decides nothing.
-    for record in sorted(records, key=lambda r: (r.seed, r.trial)):
-        score = _score(benchmark, record, reference) if record.seed == seed else math.inf
-        scores.setdefault((record.method, record.architecture), []).append((score, record.trial))
-    return {row: min(found, key=lambda pair: pair[0])[1] for row, found in scores.items()}
-
-
-def _reference(benchmark: Benchmark, good: Sequence[Record]) -> dict[tuple[str, str], float]:
-    """By task and measure, what the validation metrics are compared with."""
-    plain = [r for r in good if r.method == SINGLE_TASK and r.trial[1:] == (0, 0)]
-    plain.sort(key=lambda r: r.trial)
-    if plain:
-        chosen = [plain[(len(plain) - 1) // 2].validation]
-    else:
-        # An early report may come before the baseline; any fixed reference ranks the trials.
-        chosen = [r.validation for r in good if r.validation]
-    found = {}
-    for task, measure in measures_of(benchmark):
-        values = [v[task.name][measure.name] for v in chosen if _has(v, task.name, measure.name)]
-        # Nothing can be told relative to 0.
-        if values and (mean := statistics.fmean(values)) != 0:
-            found[task.name, measure.name] = mean
-    return found
-
-
-def _score(
-    benchmark: Benchmark, record: Record, reference: Mapping[tuple[str, str], float]
-) -> float:
-    """Δm of the validation metrics, in percent; infinite for a run without."""
-    measures = [
-        (task.name, measure)
-        for task, measure in measures_of(benchmark)
-        if (task.name, measure.name) in reference
-    ]
-    if record.error is not None or not measures:
-        return math.inf
-    if not all(_has(record.validation, task, measure.name) for task, measure in measures):
-        return math.inf
-    return delta_m(
-        [record.validation[task][measure.name] for task, measure in measures],
-        [reference[task, measure.name] for task, measure in measures],
-        [measure.higher_is_better for _, measure in measures],
-    )
-
-
-def _has(metrics: Metrics, task: str, measure: str) -> bool:
-    return measure in metrics.get(task, {})
-
-
 def _conditions(record: Record) -> tuple[object, ...]:
     """Everything that must agree between runs that are compared; architectures may differ."""
     settings = {k: v for k, v in record.settings.items() if k not in Trial._fields}
@@ -169,10 +102,8 @@ def _selection(benchmark: Benchmark, records: Sequence[Record]) -> Selection:
     best = best_by_run(current)
     kept = tuple(best.values())
     seeds = tuple(sorted({record.seed for record in kept}))
-    chosen = choose(benchmark, kept)
-    entries = [_entry(row, trial, best, seeds) for row, trial in chosen.items()]
-    order = {row: number for number, row in enumerate(_rows(benchmark, kept))}
-    entries.sort(key=lambda entry: order[entry.method, entry.architecture])
+    chosen = chosen_trials(benchmark, kept)
+    entries = [_entry(row, chosen.get(row), best, seeds) for row in _rows(benchmark, kept)]
     return Selection(
         benchmark=benchmark,
         entries=tuple(entries),
@@ -183,7 +114,7 @@ def _selection(benchmark: Benchmark, records: Sequence[Record]) -> Selection:
     )
 
 
-def _rows(benchmark: Benchmark, records: Iterable[Record]) -> list[tuple[str, str]]:
+def _rows(benchmark: Benchmark, records: Iterable[Record]) -> list[Row]:
     """Single-task, the plain sums, then methods as the benchmark and the file name them."""
     first = (SINGLE_TASK, UNITARY, *benchmark.methods)
     found = dict.fromkeys((record.method, record.architecture) for record in records)
@@ -192,10 +123,13 @@ def _rows(benchmark: Benchmark, records: Iterable[Record]) -> list[tuple[str, st
 
 
 def _entry(
-    row: tuple[str, str], trial: Trial, best: Mapping[Run, Record], seeds: Sequence[int]
+    row: Row, trial: Trial | None, best: Mapping[Run, Record], seeds: Sequence[int]
 ) -> Entry:
     mine = [r for r in best.values() if (r.method, r.architecture) == row]
     mine.sort(key=lambda r: r.seed)
+    if trial is None:
+        # No run with the lowest seed has ended well.
+        trial = min(r.trial for r in mine)
     at_trial = [r for r in mine if r.trial == trial]
     tried = {r.trial for r in mine if r.seed == seeds[0]}
     return Entry(

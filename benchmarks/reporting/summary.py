@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.benchmark import Benchmark
+from benchmarks.benchmark import SINGLE_TASK, Benchmark
 from benchmarks.metrics import delta_m, delta_p
 from benchmarks.report import Row, measures_of, row_of
 from benchmarks.reporting.selection import Entry, Selection
@@ -24,7 +24,6 @@ from benchmarks.reporting.stats import (
     friedman,
 )
 from benchmarks.results import Metrics, Record
-from benchmarks.runner import SINGLE_TASK
 
 __all__ = [
     "PLAIN",

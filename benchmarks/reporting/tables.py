@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from benchmarks.benchmark import Measure, Task
+from benchmarks.benchmark import SINGLE_TASK, Measure, Task
 from benchmarks.report import Stat, cell, measures_of, words
 from benchmarks.reporting.claims import SetFinding
 from benchmarks.reporting.document import Cell, Table
 from benchmarks.reporting.stats import Interval
 from benchmarks.reporting.summary import Line, Overall, Summary
 from benchmarks.results import Trial
-from benchmarks.runner import SINGLE_TASK
 
 __all__ = ["benchmark_tables", "budget_table", "overall_table", "set_findings_table"]
 

@@ -117,15 +117,18 @@ def test_step_times_are_ratios_to_the_plain_sum(monkeypatch, threads, size, cloc
 
     monkeypatch.setattr("benchmarks.timing.Learner", Recorder)
     monkeypatch.setattr(
-        "benchmarks.timing.time", SimpleNamespace(perf_counter=None, process_time=None)
+        "benchmarks.training.time", SimpleNamespace(perf_counter=None, process_time=None)
     )
-    monkeypatch.setattr(f"benchmarks.timing.time.{clock}", lambda: now)
+    monkeypatch.setattr(f"benchmarks.training.time.{clock}", lambda: now)
+    monkeypatch.setattr("benchmarks.timing._peak", lambda learner, batch: 7)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     rounds = []
     contestants = [Contestant("sum", "linear"), Contestant("mgda", "hps")]
     team = SimpleNamespace(size=size, settle=lambda error: error)
     found = step_times(TINY, SETTINGS, SPLITS.train, contestants, 4, lambda: rounds.append(1), team)
-    assert found == dict(zip(contestants, [StepTime(1.5, 3.0), StepTime(2.5, 5.0)], strict=True))
+    peak = 7 if size == 1 else None
+    expected = [StepTime(1.5, 3.0, peak), StepTime(2.5, 5.0, peak)]
+    assert found == dict(zip(contestants, expected, strict=True))
     assert len(rounds) == 4
 
 
