@@ -44,8 +44,13 @@ class Friedman(NamedTuple):
 
 
 def average_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks `[k]` from 1 for the least value; equal values share the mean of their ranks."""
-    return [float(rank) for rank in stats.rankdata(values)]
+    """Ranks `[k]` from 1 for the least value; equal values share the mean of their ranks.
+
+    What differs by rounding alone is equal: by 1e-12 of the largest value.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    scale = np.abs(found).max(initial=0.0) or 1.0
+    return [float(rank) for rank in stats.rankdata((found / scale).round(12))]
 
 
 def relative_loss(

@@ -19,6 +19,9 @@ from benchmarks.reporting.stats import (
 
 def test_ranks_by_hand():
     assert average_ranks([0.3, 0.1, 0.3, 0.2]) == [3.5, 1, 3.5, 2]
+    assert average_ranks([0.3, 0.1, 0.1 + 0.2, 0.0]) == [3.5, 2, 3.5, 1]
+    assert average_ranks([0.0, 0.0]) == [1.5, 1.5]
+    assert average_ranks([3e-9, 1e-9]) == [2, 1]
 
 
 def test_critical_difference_of_demsar():
