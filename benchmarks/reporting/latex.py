@@ -35,6 +35,8 @@ _SPECIAL = {
     "°": r"$^\circ$",
 }
 
+_MOST_ROWS = 60
+
 _HEAD = r"""% Needs \usepackage{booktabs}, and \usepackage[T1]{fontenc}.
 """
 
@@ -42,13 +44,20 @@ _HEAD = r"""% Needs \usepackage{booktabs}, and \usepackage[T1]{fontenc}.
 def latex(document: Document) -> str:
     """The text of tables.tex: a table environment for each table, to be \\input."""
     tables = [t for part in (document.overall, *document.parts) for t in part.tables]
-    return _HEAD + "\n".join(_table(table) for table in tables)
+    blocks = [
+        _table(table) if len(table.rows) <= _MOST_ROWS else _too_long(table) for table in tables
+    ]
+    return _HEAD + "\n".join(blocks)
 
 
 def escape(text: str) -> str:
     """The text as LaTeX prints it, with a minus sign before digits."""
     escaped = "".join(_SPECIAL.get(letter, letter) for letter in " ".join(text.split()))
     return re.sub(r"(?<![\w.)}-])-(?=\d)", "$-$", escaped)
+
+
+def _too_long(table: Table) -> str:
+    return f"% {table.name} has {len(table.rows)} rows, more than a page; see the other formats.\n"
 
 
 def _table(table: Table) -> str:

@@ -12,18 +12,21 @@ from benchmarks.reporting.svg import UnreadablePicture, read
 
 __all__ = ["left_by_others"]
 
-# Name of the part, its title, the picture with its title, the table with its caption.
+# Name of the part, its title, the pictures with their titles, the table with its caption.
 _FILES = (
     (
         "toy",
         "The two-objective toy problem",
-        ("trajectories.svg", "Trajectories over the contours and the Pareto front"),
+        {
+            "trajectories.svg": "Trajectories over the contours and the Pareto front",
+            "losses.svg": "Where the trajectories end, in the plane of the two losses",
+        },
         ("toy.csv", "Where each method ends from each start."),
     ),
     (
         "pareto",
         "Pareto fronts with known shapes",
-        ("pareto.svg", "What the methods find of the Pareto fronts"),
+        {"pareto.svg": "What the methods find of the Pareto fronts"},
         ("pareto.csv", "Results by problem and method."),
     ),
 )
@@ -32,12 +35,14 @@ _FILES = (
 def left_by_others(folder: Path) -> list[Part]:
     """A part for each of `run toy` and `run pareto` that has left a picture or a table."""
     parts = []
-    for name, title, (picture, picture_title), (table, caption) in _FILES:
+    for name, title, drawn, (table, caption) in _FILES:
         pictures, tables, facts = [], [], []
-        if (folder / picture).is_file():
+        for picture, shows in drawn.items():
+            if not (folder / picture).is_file():
+                continue
             try:
-                svg = read(folder / picture, name, picture_title)
-                pictures.append(Picture(picture_title, f"From {picture}.", svg, plain=True))
+                svg = read(folder / picture, f"{name}-{picture.removesuffix('.svg')}", shows)
+                pictures.append(Picture(shows, f"From {picture}.", svg, plain=True))
             except UnreadablePicture as error:
                 facts.append(Fact("Left out", f"{picture}: {error}"))
         if (folder / table).is_file():
