@@ -5,13 +5,28 @@ import importlib
 
 from benchmarks.benchmark import Benchmark
 from benchmarks.census import CENSUS, CENSUS_EDUCATION
+from benchmarks.chemicals import CHEMICALS, CHEMICALS_11
 from benchmarks.errors import BadInput
+from benchmarks.fashion import FASHION_AND_MNIST, MULTI_FASHION
 from benchmarks.multimnist import MULTIMNIST
+from benchmarks.sentiment import SENTIMENT
+from benchmarks.yeast import YEAST
 
 __all__ = ["BENCHMARKS", "find"]
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (MULTIMNIST, CENSUS, CENSUS_EDUCATION)
+    benchmark.name: benchmark
+    for benchmark in (
+        MULTIMNIST,
+        MULTI_FASHION,
+        FASHION_AND_MNIST,
+        CENSUS,
+        CENSUS_EDUCATION,
+        CHEMICALS,
+        CHEMICALS_11,
+        SENTIMENT,
+        YEAST,
+    )
 }
 
 

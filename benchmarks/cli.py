@@ -204,6 +204,9 @@ def run(
         empty = (None, (), "")
         given = {name: value for name, value in given.items() if value not in empty}
         study = replace(study, **given)
+        if names:
+            known = {name: study.settings[name] for name in names if name in study.settings}
+            study = replace(study, settings=known)
         plans = study.plans()
         folder = out or Path(rest.get("out", _folder(study.benchmarks, config)))
         if dry_run:

@@ -131,7 +131,7 @@ def test_all_that_was_asked_for_is_there(page):
         "runs, 1 of them failed",
         "gradbal 0.1.0, torch 2.14.1",
         "rough with 3 seeds",
-        "* not finished: upgrad (1 of 3 trials, 1 of 3 seeds), a<b>_& (1 of 3 trials, 1 of 3 seeds).",
+        "* not finished: upgrad (1 of 3 trials, 1 of 3 seeds), a<b>_& (1 of 3 trials, 1 of 3",
     ):
         assert words in text
 
