@@ -130,7 +130,7 @@ def _build(tasks: Sequence[str]) -> Network:
 
 def _task(name: str, scale: Scale) -> Task:
     error = Measure(
-        f"error in {scale.unit}" if scale.unit else "error",
+        "mae",
         higher_is_better=False,
         percent=False,
         meter=partial(UnitError, scale.center, scale.spread, scale.logarithm),
@@ -142,6 +142,7 @@ def _task(name: str, scale: Scale) -> Task:
 def _benchmark(
     name: str, summary: str, scales: Mapping[str, Scale], presets: Mapping[str, Preset]
 ) -> Benchmark:
+    units = ", ".join(scale.unit or "1" for scale in scales.values())
     return Benchmark(
         name=name,
         summary=summary,
@@ -152,6 +153,7 @@ def _benchmark(
         presets=presets,
         load=_load,
         build=_build,
+        note=lambda settings: f"errors in {units}",
     )
 
 

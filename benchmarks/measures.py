@@ -41,8 +41,8 @@ class UnitError(MeanAbsoluteError):
 
     def _in_unit(self, standardised: Tensor) -> Tensor:
         value = standardised.double() * self.spread + self.center
-        # A network that diverges may give any logarithm; its error stays a finite number.
-        return value.clamp(max=700).exp() if self.logarithm else value
+        # A network that diverges may give any logarithm; its error stays a float32.
+        return value.clamp(max=80).exp() if self.logarithm else value
 
 
 class Correlation(PearsonCorrCoef):

@@ -91,7 +91,7 @@ def _build(tasks: Sequence[str]) -> Network:
 
 def _task(name: str, scale: Scale) -> Task:
     error = Measure(
-        "error in points",
+        "mae",
         higher_is_better=False,
         percent=False,
         meter=partial(UnitError, scale.center, scale.spread),

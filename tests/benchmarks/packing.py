@@ -1,8 +1,13 @@
 """Makes archives, good and bad, from names and contents."""
 
 import gzip
+import hashlib
 import io
 import tarfile
+import zipfile
+from dataclasses import replace
+
+from benchmarks.data.fetch import cache_dir
 
 
 def tarball(files, mode="w:gz"):
@@ -36,6 +41,29 @@ def deb(files, mode="w:xz"):
             (f"data.tar{ending}", tarball(files, mode)),
         ]
     )
+
+
+def wheel(files):
+    """A zip archive of these files."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return stream.getvalue()
+
+
+def put(monkeypatch, module, content, root):
+    """Put an archive where the module's pinned one would be, as if it were that one."""
+    archive = replace(module.ARCHIVE, sha256=hashlib.sha256(content).hexdigest())
+    root.mkdir(exist_ok=True)
+    (root / archive.file_name).write_bytes(content)
+    monkeypatch.setattr(module, "ARCHIVE", archive)
+    return root
+
+
+def is_cached(archive):
+    """Whether the pinned archive has been fetched; tests fetch nothing."""
+    return (cache_dir() / archive.file_name).is_file()
 
 
 def zeros(count):

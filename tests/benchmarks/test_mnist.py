@@ -83,7 +83,12 @@ def test_full_reads_idx_files_in_order(tmp_path, monkeypatch):
 
 
 def test_full_refuses_files_of_another_form(tmp_path, monkeypatch):
-    files = {"train-images-idx3-ubyte": _idx(np.zeros((2, 28, 28)))[:-1]}
+    files = {
+        "train-images-idx3-ubyte": _idx(np.zeros((2, 28, 28)))[:-1],
+        "train-labels-idx1-ubyte": _idx(np.arange(2)),
+        "t10k-images-idx3-ubyte": _idx(np.zeros((2, 28, 28))),
+        "t10k-labels-idx1-ubyte": _idx(np.arange(2)),
+    }
     _archive_in(tmp_path / "cache", files, monkeypatch)
     with pytest.raises(BenchmarkError, match=r"sizes \(2, 28, 28\) and 1567 values"):
         mnist.load_full(tmp_path / "cache")

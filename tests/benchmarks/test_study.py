@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -132,3 +134,13 @@ def test_several_tables_in_one_folder(tmp_path, tiny):
         *(f"{name}_{file}" for name in ("tiny", "own") for file in ("summary.csv", "accuracy.png")),
     }
     assert "run 4 of 4: own, sum, seed 0" in result.output
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/studies").glob("*.toml")), ids=str)
+def test_the_studies_that_come_with_it_can_be_run(path):
+    study, rest = read_study(path)
+    plans = study.plans()
+    assert len(plans) == len(study.benchmarks)
+    assert not rest
+    total = sum(plan.size for plan in plans)
+    assert f"{total} runs" in path.read_text(encoding="utf-8").replace(",", "")
