@@ -149,8 +149,8 @@ def _part(summary: Summary, found: Mapping[str, Looks]) -> Part:
         facts.append(
             Fact(
                 "No baseline",
-                "there is no single-task run that ended well, or one of its measures is 0; so "
-                "there is neither Δm nor Δp",
+                "there is no single-task run that ended well, or one of its measures is not "
+                "positive; so there is neither Δm nor Δp",
             )
         )
     if selection.left_aside:

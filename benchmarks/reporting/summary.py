@@ -89,7 +89,7 @@ class Summary:
         selection: the records.
         lines: single-task first.
         baseline: test metrics of the single-task runs `[S, K]`; None without, or where one of the
-            means is 0 and nothing can be told relative to it.
+            means is not positive, so that nothing can be told relative to it.
         validation_baseline: the mean validation metrics of these, `[K]`.
         target: the Δm on validation that plain averaging ends with; None without.
     """
@@ -177,13 +177,13 @@ def summarise(selection: Selection) -> Summary:
         (),
     )
     baseline = matrix(benchmark, single) if single else None
-    if baseline is not None and not baseline.mean(0).all():
+    if baseline is not None and not (baseline.mean(0) > 0).all():
         baseline = None
     validation = [
         _vector(benchmark, r.validation) for r in single if _whole(benchmark, r.validation)
     ]
     on_validation = np.mean(validation, axis=0) if validation else None
-    if on_validation is not None and not on_validation.all():
+    if on_validation is not None and not (on_validation > 0).all():
         on_validation = None
     ranks = _ranks(benchmark, selection.entries)
     target = _target(selection, on_validation)

@@ -125,8 +125,10 @@ def test_without_a_baseline():
     assert compare([summary]).methods == ()
 
 
-def test_a_baseline_of_zero_is_none():
-    zero = [record(TWO, "single_task", 0, (0.0, 0.5)), record(TWO, "mean", 0, (0.1, 0.5))]
+@pytest.mark.parametrize("value", [0.0, -0.1])
+def test_a_baseline_that_is_not_positive_is_none(value):
+    # A correlation may be negative; (M − B) / B would then have the wrong sign.
+    zero = [record(TWO, "single_task", 0, (value, 0.5)), record(TWO, "mean", 0, (0.1, 0.5))]
     summary = _summary(zero)
     assert summary.baseline is None
     assert summary.lines[1].row.delta_m is None
