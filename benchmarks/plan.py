@@ -163,14 +163,15 @@ class Schedule:
         self._found = [plan.all_of(records) for plan in plans]
         self._settled = [{run for run, r in of.items() if r.error is None} for of in self._found]
         self._running: set[tuple[int, Run]] = set()
+        self._planned: dict[int, list[Run]] = {}  # Until another run of that plan is through.
 
     def next(self) -> tuple[int, Run] | None:
         """The number of a plan and a run of it, which counts as running from now on.
 
         None if there is nothing to do, or nothing before a running one is through.
         """
-        for number, plan in enumerate(self.plans):
-            for run in plan.wanted(self._found[number], self._settled[number]):
+        for number in range(len(self.plans)):
+            for run in self._wanted(number):
                 if run not in self._settled[number] and (number, run) not in self._running:
                     self._running.add((number, run))
                     return number, run
@@ -181,6 +182,7 @@ class Schedule:
         run = record.run
         self._running.discard((number, run))
         self._settled[number].add(run)
+        self._planned.pop(number, None)
         if record.error is None or run not in self._found[number]:
             self._found[number][run] = record
 
@@ -190,10 +192,14 @@ class Schedule:
 
     def done(self, number: int, row: Row) -> int:
         """How many runs of a line of the table are through."""
-        planned = self.plans[number].wanted(self._found[number], self._settled[number])
-        return sum(
-            (r.method, r.architecture) == row and r in self._settled[number] for r in planned
-        )
+        settled = self._settled[number]
+        return sum((r.method, r.architecture) == row and r in settled for r in self._wanted(number))
+
+    def _wanted(self, number: int) -> list[Run]:
+        if number not in self._planned:
+            found, settled = self._found[number], self._settled[number]
+            self._planned[number] = self.plans[number].wanted(found, settled)
+        return self._planned[number]
 
     @property
     def left(self) -> list[tuple[int, Row]]:

@@ -56,7 +56,7 @@ _PLAUSIBLE = {
 }
 """Yaws' collection has critical temperatures up to 21,483 K; what is outside is left out."""
 
-_CACHE_FORM = 1  # of the parsed file
+_CACHE_FORM = 2  # of the parsed file
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Molecule:
     Attributes:
         symbols, charges, hydrogens: one entry an atom.
         neighbours: by atom, the orders of its bonds by the atom at their other end.
-        rings: sizes of the smallest rings that the ring closures make.
-        ringed: the atoms in them.
+        rings: for each bond that closes a ring, the size of the smallest ring that it is in.
+        ringed: the atoms in rings.
     """
 
     symbols: list[str] = field(default_factory=list)
@@ -99,6 +99,8 @@ def parse_smiles(smiles: str) -> Molecule:
                 raise ValueError(f"`smiles` must have an atom before a ring, found {smiles!r}")
             if token in open_rings:
                 start, earlier = open_rings.pop(token)
+                # One cycle for each closing bond: together they hold every bond of every cycle.
+                molecule.ringed.update(_path(molecule, start, last))
                 bond(start, last, order if order is not None else earlier)
                 closures.append((start, last))
             else:
@@ -121,9 +123,8 @@ def parse_smiles(smiles: str) -> Molecule:
         usual = _VALENCES.get(molecule.symbols[atom], (1,))
         molecule.hydrogens[atom] = int(next((v - bonds for v in usual if v >= bonds), 0))
     for start, end in closures:
-        ring = _path(molecule, start, end)
-        molecule.rings.append(len(ring))
-        molecule.ringed.update(ring)
+        if ring := _path(molecule, start, end):
+            molecule.rings.append(len(ring))
     return molecule
 
 
@@ -148,7 +149,7 @@ def _add_atom(molecule: Molecule, token: str, smiles: str) -> str:
 
 
 def _path(molecule: Molecule, start: int, end: int) -> list[int]:
-    """The atoms of a shortest way from one atom to its neighbour that is not their bond."""
+    """The atoms of a shortest way from one atom to another that is not their bond, if any."""
     before: dict[int, int] = {start: start}
     waiting = deque([start])
     while waiting and end not in before:
@@ -181,8 +182,7 @@ def counts(molecule: Molecule) -> NDArray[np.uint8]:
             if other > atom:
                 found["single" if order < 1.5 else "triple" if order > 2 else "double"] += 1
     for size in molecule.rings:
-        if size:
-            found[_RINGS[min(size, 7) - 3]] += 1
+        found[_RINGS[min(size, 7) - 3]] += 1
     found["in_rings"], found["atoms"] = len(molecule.ringed), len(atoms)
     values = np.zeros(WIDTH, dtype=np.int64)
     values[: len(NAMED)] = [found[name] for name in NAMED]

@@ -210,6 +210,16 @@ def test_a_task_without_labels_sits_the_step_out(method):
     assert all(torch.equal(value, _state(learner)[name]) for name, value in head.items())
 
 
+@pytest.mark.parametrize("method", [None, "mgda"])
+def test_a_batch_without_any_label_trains_nothing(method):
+    learner = Learner(TINY, SETTINGS, TINY.tasks[1:], method, 0)
+    before = [p.clone() for p in learner.model.parameters()]
+    nowhere = _masked(SPLITS.train, torch.ones(len(SPLITS.train), dtype=torch.bool))
+    losses = learner.step(nowhere, SPLITS.validation)
+    assert losses.isnan().tolist() == [True]
+    assert all(map(torch.equal, before, learner.model.parameters()))
+
+
 def test_missing_labels_count_in_no_measure():
     learner = _learner(None)
     missing = torch.arange(len(SPLITS.test)) % 4 == 0
