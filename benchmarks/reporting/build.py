@@ -9,10 +9,12 @@ from pathlib import Path
 from benchmarks.benchmark import UNITARY, Benchmark, Settings
 from benchmarks.errors import BadInput
 from benchmarks.report import words
-from benchmarks.reporting.claims import findings, set_findings
+from benchmarks.reporting.claims import findings
+from benchmarks.reporting.differences import set_findings
 from benchmarks.reporting.document import Document, Fact, Part, Table
-from benchmarks.reporting.figures import Looks, looks, pictures
+from benchmarks.reporting.figures import pictures
 from benchmarks.reporting.left import left_by_others
+from benchmarks.reporting.looks import Looks, looks
 from benchmarks.reporting.ranks import critical_difference_diagram
 from benchmarks.reporting.selection import Selection, select
 from benchmarks.reporting.summary import Overall, Summary, compare, summarise

@@ -25,10 +25,10 @@ from benchmarks.reporting.published import (
     order_of,
     quote,
 )
-from benchmarks.reporting.stats import chance_of_separation, signed_rank_p
+from benchmarks.reporting.stats import signed_rank_p
 from benchmarks.reporting.summary import PLAIN, Line, Overall, Summary
 
-__all__ = ["Finding", "SetFinding", "Verdict", "findings", "set_findings"]
+__all__ = ["Finding", "Verdict", "findings"]
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 
@@ -58,29 +58,6 @@ class Finding:
     published: str
     verdict: Verdict
     evidence: str
-
-
-@dataclass(frozen=True)
-class SetFinding:
-    """On one benchmark, which methods differ from a baseline beyond the bootstrap interval.
-
-    Attributes:
-        benchmark: its name.
-        better_than_single, worse_than_single: whose interval of Δm lies below or above 0.
-        plain: the plain baseline that stands here: unitary scalarisation, else the mean.
-        better_than_plain, worse_than_plain: whose difference of Δm to it has its interval below or
-            above 0; None without several seeds of it.
-        chance: how often that would be so in either direction for equal methods, if all seeds have
-            to lie on one side for it; None for a single seed.
-    """
-
-    benchmark: str
-    better_than_single: tuple[str, ...]
-    worse_than_single: tuple[str, ...]
-    plain: str | None
-    better_than_plain: tuple[str, ...] | None
-    worse_than_plain: tuple[str, ...] | None
-    chance: float | None
 
 
 # Better, worse (None for plain averaging), the claim and who makes it.
@@ -113,31 +90,6 @@ def findings(summaries: Sequence[Summary], overall: Overall) -> list[Finding]:
     found += [_famo_is_cheap(summaries), _gradients_cost(summaries)]
     found += [_order_is_kept(overall, name) for name in ("NYUv2", "Cityscapes", "QM9", "CelebA")]
     return [finding for finding in found if finding is not None]
-
-
-def set_findings(summary: Summary) -> SetFinding:
-    """See there; the benchmark has to have a baseline."""
-    lines = [line for line in summary.lines if line.interval is not None]
-    others = [line for line in lines if line.entry.method != SINGLE_TASK]
-    names = (UNITARY, *PLAIN)
-    plain = next((found for m in names if (found := summary.line(m)) is not None), None)
-    compared = []
-    if plain is not None and len(plain.entry.good) > 1:
-        compared = [
-            (line, interval)
-            for line in others
-            if line is not plain and (interval := summary.against(line, plain)) is not None
-        ]
-    seeds = min((len(line.entry.good) for line in others), default=1)
-    return SetFinding(
-        benchmark=summary.benchmark.name,
-        better_than_single=tuple(n.label for n in others if n.interval and n.interval.high < 0),
-        worse_than_single=tuple(n.label for n in others if n.interval and n.interval.low > 0),
-        plain=plain.label if plain is not None else None,
-        better_than_plain=tuple(n.label for n, i in compared if i.high < 0) if compared else None,
-        worse_than_plain=tuple(n.label for n, i in compared if i.low > 0) if compared else None,
-        chance=chance_of_separation(seeds, seeds) if seeds > 1 else None,
-    )
 
 
 def _source(name: str) -> Source:

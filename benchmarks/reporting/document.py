@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.reporting.claims import Finding
-from benchmarks.reporting.figures import Picture
+from benchmarks.reporting.looks import Picture
 
 __all__ = ["Cell", "Document", "Fact", "Part", "Table"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.report import words
 from benchmarks.reporting.document import Cell, Fact, Part, Table
-from benchmarks.reporting.figures import Picture
+from benchmarks.reporting.looks import Picture
 from benchmarks.reporting.svg import UnreadablePicture, read
 
 __all__ = ["left_by_others"]

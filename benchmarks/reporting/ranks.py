@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from benchmarks.reporting.figures import Looks, Picture
+from benchmarks.reporting.looks import Looks, Picture
 from benchmarks.reporting.stats import cliques
 from benchmarks.reporting.summary import Overall
 from benchmarks.reporting.svg import INK, draw, style

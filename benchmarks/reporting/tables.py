@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.benchmark import SINGLE_TASK, Measure, Task
 from benchmarks.report import Stat, cell, measures_of, words
-from benchmarks.reporting.claims import SetFinding
+from benchmarks.reporting.differences import SetFinding
 from benchmarks.reporting.document import Cell, Table
 from benchmarks.reporting.stats import Interval
 from benchmarks.reporting.summary import Line, Overall, Summary

@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.reporting.build import build
 from benchmarks.reporting.document import Cell, Document, Part, Table
-from benchmarks.reporting.figures import Picture
 from benchmarks.reporting.html import html as page_of
 from benchmarks.reporting.left import left_by_others
+from benchmarks.reporting.looks import Picture
 from benchmarks.reporting.svg import embed
 from tests.benchmarks.reporting.records import SEVEN, failed, many
 

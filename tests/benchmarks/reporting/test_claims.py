@@ -1,6 +1,7 @@
 import pytest
 
-from benchmarks.reporting.claims import findings, set_findings
+from benchmarks.reporting.claims import findings
+from benchmarks.reporting.differences import set_findings
 from benchmarks.reporting.selection import select
 from benchmarks.reporting.summary import compare, summarise
 from tests.benchmarks.reporting.records import make_benchmark, record
