@@ -172,6 +172,7 @@ def test_latex_escapes_everything_that_is_special():
         r"a\_b \& 5 \% \#1 \{x\} \$y \textasciitilde{} \textasciicircum{} \textbackslash{} "
         r"\textless{}z\textgreater{}"
     )
+    assert latex.escape("kg/m³") == r"kg/m$^3$"
     assert latex.escape("-1.5 ± 0.2") == r"$-$1.5 $\pm$ 0.2"
     assert latex.escape("[-1, -0.5], 1e-05, a-b") == "[$-$1, $-$0.5], 1e-05, a-b"
 
