@@ -8,6 +8,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from typer.core import TyperCommand
 from benchmarks import launch
 from benchmarks.errors import BadInput, BenchmarkError, EndedElsewhere, one_line
 from benchmarks.measurements import add_commands
+from benchmarks.options import stop
 
 if TYPE_CHECKING:
     from benchmarks.plan import Plan
@@ -356,6 +358,47 @@ def _execute_and_report(
         typer.echo(f"{line}; the same command tries it again")
     typer.echo(f"Written: {', '.join(map(str, written))}")
     return len(failed)
+
+
+class ReportFormat(str, Enum):
+    """What `report --format` takes."""
+
+    html = "html"
+    markdown = "markdown"
+    latex = "latex"
+    all = "all"
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with results.jsonl, as `run` fills it.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report; DIR if left out.")
+    ] = None,
+    format: Annotated[ReportFormat, typer.Option(help="What to write.")] = ReportFormat.all,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            metavar="NAME",
+            help="A benchmark of your own among the runs, as `package.module:ATTRIBUTE`; may be "
+            "given several times.",
+        ),
+    ] = None,
+) -> None:
+    """Report what has been run so far: an HTML page, Markdown, and tables for LaTeX."""
+    from benchmarks.catalog import BENCHMARKS, find
+    from benchmarks.reporting.write import FORMATS, write_report
+
+    formats = tuple(FORMATS) if format is ReportFormat.all else (format.value,)
+    try:
+        known = {**BENCHMARKS, **{found.name: found for found in map(find, own or [])}}
+        written = write_report(folder, folder if out is None else out, formats, known)
+    except BenchmarkError as error:
+        stop(error)
+    typer.echo(f"Written: {', '.join(map(str, written))}")
 
 
 add_commands(app)
