@@ -65,14 +65,14 @@ class Tuning:
 def score(benchmark: Benchmark, validation: Metrics, reference: Metrics) -> float:
     """Δm on validation data against a reference, in percent; lower is better.
 
-    Measures in which the reference has 0 or no number are left out; where the run itself has no
-    number, nothing is worse.
+    Measures in which the reference has no number above 0 are left out: nothing is a share of them.
+    Where the run itself has no number, nothing is worse.
     """
     values, baseline, higher = [], [], []
     for task in benchmark.tasks:
         for measure in task.measures:
             base = reference[task.name][measure.name]
-            if base != 0 and math.isfinite(base):
+            if 0 < base < math.inf:
                 values.append(validation[task.name][measure.name])
                 baseline.append(base)
                 higher.append(measure.higher_is_better)

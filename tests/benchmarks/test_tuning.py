@@ -65,6 +65,8 @@ def test_the_score_by_hand():
     assert found == pytest.approx(20.0)
     without = {"class": {"accuracy": 0.0}, "size": {"mse": 2.0}}
     assert score(TINY, {"class": {"accuracy": 0.1}, "size": {"mse": 1.0}}, without) == -50
+    below = {"class": {"accuracy": -0.1}, "size": {"mse": 2.0}}
+    assert score(TINY, {"class": {"accuracy": 0.1}, "size": {"mse": 1.0}}, below) == -50
     assert score(TINY, {"class": {"accuracy": math.nan}, "size": {"mse": 1.0}}, reference) == (
         math.inf
     )
