@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 __all__ = [
+    "HPS",
+    "SINGLE_TASK",
+    "UNITARY",
     "Architecture",
     "Benchmark",
     "Measure",
@@ -21,6 +24,15 @@ __all__ = [
     "Splits",
     "Task",
 ]
+
+SINGLE_TASK = "single_task"
+"""The method name of the baseline: one network a task, each trained on its own."""
+
+UNITARY = "unitary"
+"""The method name of `sum(losses).backward()` without gradbal, tuned with care."""
+
+HPS = "hps"
+"""The architecture that the others are compared with: hard parameter sharing."""
 
 
 class Network(nn.Module):

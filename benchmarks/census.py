@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import BinaryAUROC
 
 from benchmarks.architectures import Kit, Part, architectures
 from benchmarks.benchmark import Benchmark, Measure, Preset, Settings, Split, Splits, Task
 from benchmarks.data.census import NOMINAL, NUMERIC, Census, People, load_census
+from benchmarks.measures import Auroc
+from benchmarks.methods import COMMON
 
 __all__ = ["CENSUS", "CENSUS_EDUCATION", "splits_of"]
 
@@ -173,21 +174,11 @@ def _kit(data: str) -> Kit:
     )
 
 
-class _Auroc(BinaryAUROC):
-    """The area under the ROC curve, of logits."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        # The base class takes what lies in [0, 1], and decides batch by batch whether it does. The
-        # area depends on the order alone, which this keeps where a sigmoid would make logits equal.
-        logits = preds.double()
-        super().update((1 + logits / (1 + logits.abs())) / 2, target)
-
-
 def _loss(output: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
 
 
-_AUC = Measure("auc", higher_is_better=True, percent=False, meter=_Auroc, digits=4)
+_AUC = Measure("auc", higher_is_better=True, percent=False, meter=Auroc, digits=4)
 
 
 def _load(settings: Settings, data_root: Path | None) -> Splits:
@@ -231,7 +222,7 @@ def _benchmark(name: str, data: str, summary: str) -> Benchmark:
         architecture="hps",
         revision=1,
         tasks=tuple(Task(task, _loss, (_AUC,)) for task in (data, "never_married")),
-        methods=("mean", "upgrad", "mgda", "pcgrad", "cagrad", "nash_mtl", "imtl_g", "uw", "famo"),
+        methods=COMMON,
         presets=_presets(data),
         load=_load,
         build=found["hps"].build,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +17,13 @@ from typer.core import TyperCommand
 
 from benchmarks import launch
 from benchmarks.errors import BadInput, BenchmarkError, EndedElsewhere, one_line
-from benchmarks.known import check_known
 from benchmarks.measurements import add_commands
+from benchmarks.options import stop
 from benchmarks.special import SPECIAL, name_in, special_command
 
 if TYPE_CHECKING:
-    from benchmarks.benchmark import Benchmark
+    from benchmarks.plan import Plan
     from benchmarks.processes import Team
-    from benchmarks.runner import Plan
 
 # PyTorch and matplotlib take seconds to import: commands import what they need when they run, so
 # that `--help` and typing mistakes are answered at once.
@@ -101,19 +102,24 @@ def list_command() -> None:
         typer.echo(f"  {name:<{width}}{entry.summary}{source}")
 
 
-_WITH_ARCHITECTURES = ("mean", "upgrad")
-"""The methods that architectures are compared with: a plain one, and one of the Gramian."""
-
-
 @app.command(cls=RunCommand)
 def run(
-    name: Annotated[str, typer.Argument(help="The benchmark; see `list`.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME…",
+            help="The benchmarks, one or several; see `list`. `package.module:ATTRIBUTE` is one of "
+            "your own.",
+            show_default=False,
+        ),
+    ] = None,
     methods: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME…",
             help="Methods to compare, one or several after the option; the benchmark's own "
-            "selection if left out. Single-task training always runs, as the baseline of Δm.",
+            "selection if left out. Single-task training always runs, as the baseline of Δm. "
+            "`unitary` is the plain sum without gradbal.",
         ),
     ] = None,
     architectures: Annotated[
@@ -128,9 +134,19 @@ def run(
         int | None, typer.Option(metavar="N", help="Number of seeds: 0, 1, … N−1.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(metavar="N", help="Epochs of training.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Try learning rates for every method with seed 0, and weight decay and dropout "
+            "for unitary scalarisation; the best on validation data is run with the other seeds.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the results; results/NAME if left out."),
+        typer.Option(
+            metavar="DIR", help="Folder of the results; results/NAME or results/study if left out."
+        ),
     ] = None,
     data_root: Annotated[
         Path | None,
@@ -139,6 +155,23 @@ def run(
             help="Folder of downloaded data; $GRADBAL_DATA or ~/.cache/gradbal if left out.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that make runs beside each other, one for each core if left out; "
+            "with 0 this process makes them.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A TOML file with all of this; the command line has precedence."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, and what is there already.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few seconds a method, to see that it works.")
     ] = False,
@@ -151,25 +184,81 @@ def run(
     Finished runs are kept: the same command goes on where it was interrupted. Under torchrun all
     processes train each network together, and fill one table.
     """
-    again = _command(name, methods, architectures, seeds, epochs, out, data_root, quick, full)
-    folder = out if out is not None else Path("results") / name
+    again = _command(
+        names or [],
+        {"--methods": methods, "--architectures": architectures},
+        {
+            "--seeds": seeds,
+            "--epochs": epochs,
+            "--out": out,
+            "--data-root": data_root,
+            "--workers": workers,
+            "--config": config,
+        },
+        {"--tune": tune, "--quick": quick, "--full": full},
+    )
     # What is wrong with the command line is so in every process.
     with _ending(again, lambda: launch.rank() == 0):
-        plan = _plan(name, methods, architectures, seeds, epochs, quick, full)
+        if quick and full:
+            raise BadInput("`--quick` and `--full` exclude each other, found both")
+        if workers is not None and (workers < 0 or (workers > 0 and launch.size() > 1)):
+            required = "at least 0, and 0 under torchrun"
+            raise BadInput(f"`--workers` must be {required}, found {workers}")
+
+        from benchmarks.study import Study, read_study
+        from benchmarks.tuning import Tuning
+
+        study, rest = read_study(config) if config else (Study(()), {})
+        given: dict[str, Any] = {
+            "benchmarks": tuple(names or ()),
+            "methods": tuple(methods or ()),
+            "architectures": tuple(architectures or ()),
+            "seeds": seeds,
+            "epochs": epochs,
+            "preset": "quick" if quick else "full" if full else "",
+            "tuning": Tuning() if tune and study.tuning is None else None,
+        }
+        empty = (None, (), "")
+        given = {name: value for name, value in given.items() if value not in empty}
+        study = replace(study, **given)
+        if names:
+            known = {name: study.settings[name] for name in names if name in study.settings}
+            study = replace(study, settings=known)
+        plans = study.plans()
+        folder = out or Path(rest.get("out", _folder(study.benchmarks, config)))
+        if dry_run:
+            _show(plans, folder)
+            return
+        if workers is None:
+            workers = 0 if launch.size() > 1 else rest.get("workers", os.cpu_count() or 1)
 
         from benchmarks.processes import team
 
         with team() as together, _ending(again, together.speaks):
-            failed = _execute_and_report(plan, folder, data_root, together)
-    if not full and launch.rank() == 0:
-        typer.echo(
-            f"Full table, with all the data: {shlex.join(launch.launcher())} -m benchmarks run "
-            f"{name} --full "
-            + (f"--architectures {' '.join(architectures)} " if architectures else "")
-            + f"--seeds {plan.benchmark.presets['full'].seeds}"
-        )
+            failed = _execute_and_report(plans, folder, data_root, together, workers)
+    if launch.rank() == 0:
+        if config is not None:
+            from benchmarks.report import write_whole
+
+            text = config.read_bytes()
+            write_whole(folder / "config.toml", lambda target: target.write_bytes(text))
+        launcher = shlex.join(launch.launcher())
+        if study.preset != "full" and not study.settings and len(plans) == 1:
+            typer.echo(
+                f"Full table, with all the data: {launcher} -m benchmarks run "
+                f"{study.benchmarks[0]} --full "
+                + (f"--architectures {' '.join(study.architectures)} " if architectures else "")
+                + f"--seeds {plans[0].benchmark.presets['full'].seeds}"
+            )
     if failed:
         raise typer.Exit(1)
+
+
+def _folder(names: Sequence[str], config: Path | None) -> Path:
+    """Where results go if nothing is said."""
+    if config is not None:
+        return Path("results") / config.stem
+    return Path("results") / (names[0].rpartition(":")[2] if len(names) == 1 else "study")
 
 
 @contextlib.contextmanager
@@ -197,83 +286,51 @@ def _ending(again: str, speaks: Callable[[], bool]) -> Iterator[None]:
 
 
 def _command(
-    name: str,
-    methods: list[str] | None,
-    architectures: list[str] | None,
-    seeds: int | None,
-    epochs: int | None,
-    out: Path | None,
-    data_root: Path | None,
-    quick: bool,
-    full: bool,
+    names: Sequence[str],
+    lists: Mapping[str, Sequence[str] | None],
+    values: Mapping[str, object | None],
+    flags: Mapping[str, bool],
 ) -> str:
     """The command line that says the same again, quoted for the shell."""
-    words = [*launch.launcher(), "-m", "benchmarks", "run", name]
-    for option, names in (("--methods", methods), ("--architectures", architectures)):
-        if names:
-            words += [option, *names]
-    options = {"--seeds": seeds, "--epochs": epochs, "--out": out, "--data-root": data_root}
-    for option, value in options.items():
+    words = [*launch.launcher(), "-m", "benchmarks", "run", *names]
+    for option, found in lists.items():
+        if found:
+            words += [option, *found]
+    for option, value in values.items():
         if value is not None:
             words += [option, str(value)]
-    words += ["--quick"] * quick + ["--full"] * full
+    words += [flag for flag, is_given in flags.items() if is_given]
     return shlex.join(words)
 
 
-def _plan(
-    name: str,
-    methods: list[str] | None,
-    architectures: list[str] | None,
-    seeds: int | None,
-    epochs: int | None,
-    quick: bool,
-    full: bool,
-) -> Plan:
-    """Check the command line, cheapest first, and turn it into a plan."""
-    for option, value in (("--seeds", seeds), ("--epochs", epochs)):
-        if value is not None and value < 1:
-            raise BadInput(f"`{option}` must be at least 1, found {value}")
-    if quick and full:
-        raise BadInput("`--quick` and `--full` exclude each other, found both")
+def _show(plans: Sequence[Plan], folder: Path) -> None:
+    """Say what would be run."""
+    from rich.console import Console
+    from rich.table import Table
 
-    import gradbal
-    from benchmarks.catalog import BENCHMARKS
-    from benchmarks.runner import HPS, SINGLE_TASK, Plan
+    from benchmarks.plan import Schedule
+    from benchmarks.results import ResultsFile
 
-    check_known("NAME", name, list(BENCHMARKS))
-    benchmark = BENCHMARKS[name]
-    named = _architectures(benchmark, architectures)
-    chosen = tuple(methods or (_WITH_ARCHITECTURES if named else benchmark.methods))
-    for method in chosen:
-        check_known("--methods", method, [*gradbal.list_aggregators(), SINGLE_TASK])
-        if set(named) - {HPS} and method != SINGLE_TASK and gradbal.create(method).needs_features:
-            raise BadInput(
-                f"`--methods` must not name {method} beside architectures other than {HPS}, found "
-                f"{' '.join(named)}; it looks at a representation that all tasks share"
-            )
-    presets = {**benchmark.presets, **(benchmark.architecture_presets if named else {})}
-    preset = presets["quick" if quick else "full" if full else "default"]
-    if epochs is not None:
-        preset = replace(preset, settings=replace(preset.settings, epochs=epochs))
-    return Plan(benchmark, preset, chosen, preset.seeds if seeds is None else seeds, named)
+    records = ResultsFile(folder).read()[0] if (folder / "results.jsonl").is_file() else []
+    left = Schedule(plans, records).left
+    table = Table(title=f"Runs for {folder / 'results.jsonl'}")
+    table.add_column("benchmark")
+    for column in ("methods", "trials", "seeds", "runs", "there", "steps a run"):
+        table.add_column(column, justify="right")
+    for number, plan in enumerate(plans):
+        missing = sum(of == number for of, _ in left)
+        trials = 1 if plan.tuning is None else len(plan.tuning.grid(plan.settings))
+        cells = (len(plan.rows), trials, plan.seeds, plan.size, plan.size - missing)
+        steps = plan.steps(plan.rows[-1][0])
+        table.add_row(plan.benchmark.name, *map(str, cells), f"{steps:,}")
+    Console(highlight=False).print(table)
+    typer.echo(f"{len(left)} of {sum(plan.size for plan in plans)} runs to be made.")
 
 
-def _architectures(benchmark: Benchmark, names: list[str] | None) -> tuple[str, ...]:
-    """The architectures that the command line asks for; "all" stands for every one."""
-    if not names:
-        return ()
-    if not benchmark.architectures:
-        raise BadInput(
-            f"`--architectures` must not be given for {benchmark.name}, which has none, found "
-            + " ".join(names)
-        )
-    for name in names:
-        check_known("--architectures", name, [*benchmark.architectures, "all"])
-    return tuple(benchmark.architectures if "all" in names else names)
-
-
-def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: Team) -> int:
-    """Fill the table, print it and write it to files; returns the number of failed runs.
+def _execute_and_report(
+    plans: Sequence[Plan], folder: Path, data_root: Path | None, team: Team, workers: int
+) -> int:
+    """Fill the tables, print them and write them to files; returns the number of failed runs.
 
     Processes that do not lead have nothing to report, and return 0.
     """
@@ -283,33 +340,82 @@ def _execute_and_report(plan: Plan, folder: Path, data_root: Path | None, team: 
     from benchmarks.report import failures, screen_table, summarise, write_csv
     from benchmarks.results import ResultsFile
     from benchmarks.runner import execute
+    from benchmarks.screen import Screen
 
     console = Console(highlight=False, quiet=not team.leads)
     if not team.leads:
-        execute(plan, None, data_root, console, team)
+        execute(plans, None, data_root, Screen(console), team)
         return 0
-    if plan.architectures and not console.is_terminal:
+    if any(plan.architectures for plan in plans) and not console.is_terminal:
         console.width = max(console.width, 120)  # A file has room for all columns.
     results = ResultsFile(folder)
     try:
-        execute(plan, results, data_root, console, team)
+        execute(plans, results, data_root, Screen(console), team, workers)
     except KeyboardInterrupt:
-        done = [r for r in plan.select(results.read()[0]).values() if r.error is None]
-        typer.echo(f"{len(done)} of {len(plan.runs)} runs are kept in {results.path}", err=True)
+        from benchmarks.plan import Schedule
+
+        total = sum(plan.size for plan in plans)
+        done = total - len(Schedule(plans, results.read()[0]).left)
+        typer.echo(f"{done} of {total} runs are kept in {results.path}", err=True)
         raise
     records, _ = results.read()
-    rows = summarise(plan, records)
-    console.print(screen_table(plan, rows))
-    failed = failures(plan, records)
+    failed, written = [], [results.path]
+    for plan in plans:
+        rows = summarise(plan, records)
+        console.print(screen_table(plan, rows))
+        failed += failures(plan, records)
+        measure = plan.benchmark.tasks[0].measures[0].name
+        names = ("architectures", "architectures") if plan.architectures else ("summary", measure)
+        prefix = f"{plan.benchmark.name}_" if len(plans) > 1 else ""
+        table, picture = folder / f"{prefix}{names[0]}.csv", folder / f"{prefix}{names[1]}.png"
+        write_csv(plan, rows, table)
+        write_plot(plan, rows, picture)
+        written += [table, picture]
     for line in failed:
         typer.echo(f"{line}; the same command tries it again")
-    measure = plan.benchmark.tasks[0].measures[0].name
-    names = ("architectures", "architectures") if plan.architectures else ("summary", measure)
-    table, picture = folder / f"{names[0]}.csv", folder / f"{names[1]}.png"
-    write_csv(plan, rows, table)
-    write_plot(plan, rows, picture)
-    typer.echo(f"Written: {results.path}, {table}, {picture}")
+    typer.echo(f"Written: {', '.join(map(str, written))}")
     return len(failed)
+
+
+class ReportFormat(str, Enum):
+    """What `report --format` takes."""
+
+    html = "html"
+    markdown = "markdown"
+    latex = "latex"
+    all = "all"
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with results.jsonl, as `run` fills it.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report; DIR if left out.")
+    ] = None,
+    format: Annotated[ReportFormat, typer.Option(help="What to write.")] = ReportFormat.all,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--benchmark",
+            metavar="NAME",
+            help="A benchmark of your own among the runs, as `package.module:ATTRIBUTE`; may be "
+            "given several times.",
+        ),
+    ] = None,
+) -> None:
+    """Report what has been run so far: an HTML page, Markdown, and tables for LaTeX."""
+    from benchmarks.catalog import BENCHMARKS, find
+    from benchmarks.reporting.write import FORMATS, write_report
+
+    formats = tuple(FORMATS) if format is ReportFormat.all else (format.value,)
+    try:
+        known = {**BENCHMARKS, **{found.name: found for found in map(find, own or [])}}
+        written = write_report(folder, folder if out is None else out, formats, known)
+    except BenchmarkError as error:
+        stop(error)
+    typer.echo(f"Written: {', '.join(map(str, written))}")
 
 
 add_commands(app)

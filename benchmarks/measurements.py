@@ -16,6 +16,7 @@ from benchmarks.architecture_commands import add_architecture_commands
 from benchmarks.engine_commands import add_engine_commands
 from benchmarks.errors import BadInput, BenchmarkError
 from benchmarks.options import read_counts, stop
+from benchmarks.overhead_command import add_overhead_command
 
 if TYPE_CHECKING:
     pass
@@ -29,6 +30,7 @@ def add_commands(app: typer.Typer) -> None:
     """Adds `speed` and `residuals` to the command line."""
     add_engine_commands(speed)
     add_architecture_commands(speed)
+    add_overhead_command(speed)
     app.add_typer(speed, name="speed")
     app.command()(residuals)
 

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.benchmark import SINGLE_TASK
+from benchmarks.plan import Plan
 from benchmarks.report import Row, Stat, write_whole
-from benchmarks.runner import SINGLE_TASK, Plan
 
-__all__ = ["write_plot"]
+__all__ = ["COLOURS", "MARKERS", "Point", "labelled_points", "write_plot"]
 
 # Okabe & Ito's colours without the yellow, which is too pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p")
+
+
+class Point(NamedTuple):
+    """A marker with its name and, maybe, error bars; without a colour it gets the next one."""
+
+    label: str
+    x: float
+    y: float
+    x_spread: float | None = None
+    y_spread: float | None = None
+    colour: str | None = None
+    marker: str | None = None
 
 
 def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     """Draw the first measure of the first two tasks as a PNG.
 
     One marker a method with error bars of one sample standard deviation over the seeds; dashed
-    lines where single-task training ends up. The methods' names stand in a column beside the axes,
-    in the order of the markers' heights and joined to them by lines, so no two can overlap.
+    lines where single-task training ends up.
     """
     tasks = plan.benchmark.tasks[:2]
     measures = [task.measures[0] for task in tasks]
@@ -33,7 +47,7 @@ def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(8, 5.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    points = []
+    points: list[Point] = []
     for row in rows:
         x, y = (_scaled(row.test[key], scale) for key, scale in zip(keys, scales, strict=True))
         if x is None or y is None:
@@ -42,39 +56,9 @@ def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
             axes.axvline(x.mean, color="0.5", linestyle="--", linewidth=1, zorder=0)
             axes.axhline(y.mean, color="0.5", linestyle="--", linewidth=1, zorder=0)
         else:
-            points.append((y.mean, x, y, plan.label(row.method, row.architecture)))
-    points.sort(key=lambda point: point[0])
-
-    for number, (_, x, y, method) in enumerate(points):
-        colour = _COLOURS[number % len(_COLOURS)]
-        axes.errorbar(
-            x.mean,
-            y.mean,
-            xerr=x.spread,
-            yerr=y.spread,
-            fmt=_MARKERS[number % len(_MARKERS)],
-            color=colour,
-            markersize=7,
-            elinewidth=0.8,
-            capsize=2,
-        )
-        axes.annotate(
-            method,
-            xy=(x.mean, y.mean),
-            xytext=(1.06, (number + 0.5) / len(points)),
-            textcoords="axes fraction",
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.6,
-                "alpha": 0.6,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
-        )
+            label = plan.label(row.method, row.architecture)
+            points.append(Point(label, x.mean, y.mean, x.spread, y.spread))
+    labelled_points(axes, points)
     units = [" (%)" if measure.percent else "" for measure in measures]
     labels = [
         f"{task.name.replace('_', ' ')} test {measure.name}{unit}"
@@ -86,6 +70,42 @@ def write_plot(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     axes.set_title(f"{plan.benchmark.name} ({seeds}; dashed: single-task)")
     axes.spines[["top", "right"]].set_visible(False)
     write_whole(path, lambda target: figure.savefig(target, format="png"))
+
+
+def labelled_points(axes: Axes, points: Sequence[Point]) -> None:
+    """Draw points with their names in a column beside the axes, joined to them by lines.
+
+    The names are in the order of the points' heights, so no two can overlap.
+    """
+    for number, point in enumerate(sorted(points, key=lambda point: point.y)):
+        colour = point.colour or COLOURS[number % len(COLOURS)]
+        axes.errorbar(
+            point.x,
+            point.y,
+            xerr=point.x_spread,
+            yerr=point.y_spread,
+            fmt=point.marker or MARKERS[number % len(MARKERS)],
+            color=colour,
+            markersize=7,
+            elinewidth=0.8,
+            capsize=2,
+        )
+        axes.annotate(
+            point.label,
+            xy=(point.x, point.y),
+            xytext=(1.06, (number + 0.5) / len(points)),
+            textcoords="axes fraction",
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def _scaled(stat: Stat | None, scale: float) -> Stat | None:

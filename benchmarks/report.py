@@ -11,13 +11,25 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.benchmark import Measure, Task
+from benchmarks.benchmark import SINGLE_TASK, Benchmark, Measure, Task
 from benchmarks.files import write_whole
 from benchmarks.metrics import delta_m, delta_p
+from benchmarks.plan import Plan
 from benchmarks.results import Metrics, Record
-from benchmarks.runner import SINGLE_TASK, Plan
 
-__all__ = ["Row", "Stat", "failures", "screen_table", "summarise", "write_csv", "write_whole"]
+__all__ = [
+    "Row",
+    "Stat",
+    "cell",
+    "failures",
+    "measures_of",
+    "row_of",
+    "screen_table",
+    "summarise",
+    "words",
+    "write_csv",
+    "write_whole",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def summarise(plan: Plan, records: Sequence[Record]) -> list[Row]:
         by_row.setdefault((record.method, record.architecture), []).append(record)
     single = by_row.get((SINGLE_TASK, plan.benchmark.architecture), [])
     baseline = [record.test for record in single if record.error is None]
-    return [_row(plan, of_row, baseline) for of_row in by_row.values()]
+    return [row_of(plan.benchmark, of_row, baseline) for of_row in by_row.values()]
 
 
 def failures(plan: Plan, records: Sequence[Record]) -> list[str]:
@@ -104,9 +116,9 @@ def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
     if plan.architectures:
         table.add_column("architecture")
     table.add_column("method")
-    for task, measure in _measures(plan):
+    for task, measure in measures_of(plan.benchmark):
         unit = " %" if measure.percent else ""
-        table.add_column(f"{_words(task.name)}\n{measure.name}{unit}", justify="right")
+        table.add_column(f"{words(task.name)}\n{measure.name}{unit}", justify="right")
     table.add_column("Δm %", justify="right")
     table.add_column("step", justify="right")
     if plan.architectures:
@@ -114,8 +126,8 @@ def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
         table.add_column("parameters", justify="right")
     for row in rows:
         cells = [
-            _cell(row.test[task.name, measure.name], 100 if measure.percent else 1, measure.digits)
-            for task, measure in _measures(plan)
+            cell(row.test[task.name, measure.name], 100 if measure.percent else 1, measure.digits)
+            for task, measure in measures_of(plan.benchmark)
         ]
         if row.failed:
             note = (
@@ -123,7 +135,7 @@ def screen_table(plan: Plan, rows: Sequence[Row]) -> Table:
             )
             cells[0] = note if row.seeds == 0 else f"{cells[0]}\n{note}"
         step = "–" if row.step_time is None else f"{row.step_time:.2f}×"
-        cells = [row.method, *cells, _cell(row.delta_m, 1), step]
+        cells = [row.method, *cells, cell(row.delta_m, 1), step]
         if plan.architectures:
             seconds, parameters = row.step_seconds, row.parameters
             cells.insert(0, row.architecture)
@@ -139,7 +151,7 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     A table of architectures has two columns more, seconds a step and parameters.
     """
     header = ["benchmark", "architecture", "fingerprint", "method", "seeds", "failed"]
-    names = [f"{task.name}_{measure.name}" for task, measure in _measures(plan)]
+    names = [f"{task.name}_{measure.name}" for task, measure in measures_of(plan.benchmark)]
     for name in (*names, "delta_m", "delta_p"):
         header += [f"{name}_mean", f"{name}_std"]
     text = io.StringIO()
@@ -148,7 +160,7 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     writer.writerow([*header, "step_time", *more])
     marks = plan.fingerprints
     for row in rows:
-        stats = [row.test[task.name, measure.name] for task, measure in _measures(plan)]
+        stats = [row.test[task.name, measure.name] for task, measure in measures_of(plan.benchmark)]
         numbers: list[float | None] = []
         for stat in (*stats, row.delta_m, row.delta_p):
             numbers += [None, None] if stat is None else [stat.mean, stat.spread]
@@ -158,7 +170,14 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
     write_whole(path, lambda target: target.write_text(text.getvalue(), encoding="utf-8"))
 
 
-def _row(plan: Plan, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:
+def row_of(benchmark: Benchmark, records: Sequence[Record], baseline: Sequence[Metrics]) -> Row:
+    """The line of one method on one architecture.
+
+    Args:
+        benchmark: what was run.
+        records: one a seed, at least one.
+        baseline: the test metrics of the single-task runs; without any there is no Δm.
+    """
     good = [record.test for record in records if record.error is None]
     times = [record.step_time for record in records if record.step_time is not None]
     seconds = [record.step_seconds for record in records if record.step_seconds is not None]
@@ -171,10 +190,10 @@ def _row(plan: Plan, records: Sequence[Record], baseline: Sequence[Metrics]) -> 
         failed=len(records) - len(good),
         test={
             (task.name, measure.name): Stat.of([test[task.name][measure.name] for test in good])
-            for task, measure in _measures(plan)
+            for task, measure in measures_of(benchmark)
         },
-        delta_m=Stat.of([_delta_m(plan, test, baseline) for test in good] if baseline else []),
-        delta_p=Stat.of([_delta_p(plan, test, baseline) for test in good] if baseline else []),
+        delta_m=Stat.of([_delta_m(benchmark, test, baseline) for test in good] if baseline else []),
+        delta_p=Stat.of([_delta_p(benchmark, test, baseline) for test in good] if baseline else []),
         step_time=statistics.median(times) if times else None,
         step_seconds=statistics.median(seconds) if seconds else None,
         parameters=sizes[0] if sizes else None,
@@ -182,8 +201,8 @@ def _row(plan: Plan, records: Sequence[Record], baseline: Sequence[Metrics]) -> 
     )
 
 
-def _delta_m(plan: Plan, test: Metrics, baseline: Sequence[Metrics]) -> float:
-    measures = _measures(plan)
+def _delta_m(benchmark: Benchmark, test: Metrics, baseline: Sequence[Metrics]) -> float:
+    measures = measures_of(benchmark)
     return delta_m(
         [test[task.name][measure.name] for task, measure in measures],
         [_mean(baseline, task, measure) for task, measure in measures],
@@ -191,8 +210,8 @@ def _delta_m(plan: Plan, test: Metrics, baseline: Sequence[Metrics]) -> float:
     )
 
 
-def _delta_p(plan: Plan, test: Metrics, baseline: Sequence[Metrics]) -> float:
-    tasks = plan.benchmark.tasks
+def _delta_p(benchmark: Benchmark, test: Metrics, baseline: Sequence[Metrics]) -> float:
+    tasks = benchmark.tasks
     return delta_p(
         [[test[task.name][measure.name] for measure in task.measures] for task in tasks],
         [[_mean(baseline, task, measure) for measure in task.measures] for task in tasks],
@@ -204,15 +223,18 @@ def _mean(metrics: Sequence[Metrics], task: Task, measure: Measure) -> float:
     return statistics.fmean(m[task.name][measure.name] for m in metrics)
 
 
-def _measures(plan: Plan) -> list[tuple[Task, Measure]]:
-    return [(task, measure) for task in plan.benchmark.tasks for measure in task.measures]
+def measures_of(benchmark: Benchmark) -> list[tuple[Task, Measure]]:
+    """All measures of all tasks, in the order of the table's columns."""
+    return [(task, measure) for task in benchmark.tasks for measure in task.measures]
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A name as it is written in a heading."""
     return name.replace("_", " ")
 
 
-def _cell(stat: Stat | None, scale: float, digits: int = 2) -> str:
+def cell(stat: Stat | None, scale: float, digits: int = 2) -> str:
+    """Mean ± sample standard deviation, or a dash."""
     if stat is None:
         return "–"
     # Adding 0.0 turns a rounded -0.0 into 0.0.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,10 @@ class Trial(NamedTuple):
     def of(cls, settings: Settings) -> Trial:
         """The part of the settings that is tuned."""
         return cls(settings.lr, settings.weight_decay, settings.dropout)
+
+    def within(self, settings: Settings) -> Settings:
+        """The settings with this in place of their own."""
+        return replace(settings, **self._asdict())
 
 
 class Run(NamedTuple):
@@ -96,7 +100,7 @@ class Record:
     parameters: int | None = None
     step_seconds: float | None = None
     processes: int = 1
-    curve: Sequence[Mapping[str, Any]] = ()
+    curve: Sequence[Mapping[str, Any]] = field(default_factory=list)
     peak_bytes: int | None = None
     threads: int = 1
 

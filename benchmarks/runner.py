@@ -1,284 +1,259 @@
-"""Runs what is missing of a benchmark's table and appends each run to the results file."""
+"""Makes what is missing of the tables, and appends each run to the results file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks.benchmark import Benchmark, Preset, Settings, Splits
-from benchmarks.errors import one_line
+from benchmarks.benchmark import SINGLE_TASK, UNITARY, Splits
+from benchmarks.plan import Plan, Schedule
 from benchmarks.processes import ALONE, Team
-from benchmarks.results import (
-    Record,
-    ResultsFile,
-    Run,
-    Trial,
-    best_by_run,
-    fingerprint,
-    versions,
-)
+from benchmarks.results import Record, ResultsFile, Run, Trial
+from benchmarks.runs import make_run
+from benchmarks.screen import Screen
 from benchmarks.timing import Contestant, StepTime, step_times
-from benchmarks.training import Learner, evaluate, step_clock, steps_per_run, train
+from benchmarks.tuning import Row
+from benchmarks.workers import Job, Workers
 
-__all__ = ["HPS", "SINGLE_TASK", "Plan", "execute"]
+__all__ = ["execute"]
 
-SINGLE_TASK = "single_task"
-"""The method name of the baseline: one network a task, each trained on its own."""
+_POLL_SECONDS = 0.5
 
-HPS = "hps"
-"""The architecture that the others are compared with: hard parameter sharing."""
+_NO_TRIAL = Trial(0.0, 0.0, 0.0)
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A table to be filled: a benchmark, the settings, methods, seeds, and maybe architectures.
-
-    The single-task baseline, of the benchmark's own network, belongs to every plan, whether named
-    or not, and hard parameter sharing to every plan with architectures. Without any, methods are
-    compared on the benchmark's own network.
-    """
-
-    benchmark: Benchmark
-    preset: Preset
-    methods: tuple[str, ...]
-    seeds: int
-    architectures: tuple[str, ...] = ()
-
-    @property
-    def settings(self) -> Settings:
-        """What decides the numbers besides method and seed."""
-        return self.preset.settings
-
-    @property
-    def fingerprint(self) -> str:
-        """The mark of the records of the benchmark's own network that belong to this plan."""
-        return fingerprint(self.benchmark, self.settings)
-
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """The architectures that methods are run on."""
-        if not self.architectures:
-            return (self.benchmark.architecture,)
-        return tuple(dict.fromkeys((HPS, *self.architectures)))
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """By architecture, the mark of its records that belong to this plan."""
-        names = (self.benchmark.architecture, *self.compared)
-        return {name: fingerprint(self.benchmark, self.settings, name) for name in names}
-
-    @property
-    def runs(self) -> list[Run]:
-        """All runs, seed by seed, so that an interrupted table has whole seeds."""
-        methods = [method for method in dict.fromkeys(self.methods) if method != SINGLE_TASK]
-        rows = [(SINGLE_TASK, self.benchmark.architecture)]
-        rows += [(method, name) for name in self.compared for method in methods]
-        trial = Trial.of(self.settings)
-        return [
-            Run(method, seed, name, trial) for seed in range(self.seeds) for method, name in rows
-        ]
-
-    def label(self, method: str, architecture: str) -> str:
-        """What a row of the table is called where there is one word for it."""
-        compares = self.architectures and method != SINGLE_TASK
-        return f"{architecture} {method}" if compares else method
-
-    def select(self, records: Sequence[Record]) -> dict[Run, Record]:
-        """The records of this plan's runs, one a run, in the plan's order."""
-        mine = self.fingerprints
-        best = best_by_run(r for r in records if mine.get(r.architecture) == r.fingerprint)
-        return {run: best[run] for run in self.runs if run in best}
+Times = Mapping[Contestant, StepTime]
 
 
 def execute(
-    plan: Plan,
+    plans: Sequence[Plan],
     results: ResultsFile | None,
     data_root: Path | None,
-    console: Console,
+    screen: Screen,
     team: Team = ALONE,
+    workers: int = 0,
 ) -> None:
-    """Make the plan's runs that are not in the results file, or failed, and append them to it.
+    """Make the plans' runs that are not in the results file, or failed, and append them to it.
 
     A run that raises or diverges is recorded with its error and does not stop the others.
     `KeyboardInterrupt` passes through; what was finished by then is in the file.
 
     Args:
-        plan: the table to be filled.
+        plans: the tables to be filled.
         results: the file, in the process that leads.
         data_root: the folder for downloads.
-        console: where progress is shown.
+        screen: where progress is shown.
         team: the processes that make every run together.
+        workers: how many processes make runs beside each other; with 0 this one makes them. A team
+            of several has none.
 
     Raises:
         BenchmarkError: there are no data, or one of the processes failed on its own.
     """
-    found = team.lead(lambda: _missing(plan, results, console, team))
-    # As JSON brings them.
-    pending = [Run(*run[:3], Trial(*run[3])) for run in found[0]]
-    known = {Contestant(*who): StepTime(*lasted) for who, lasted in found[1]}
-    if not pending:
+    schedule: Schedule | None = None
+    if results is not None:
+        records, unreadable = results.read()
+        screen.found(plans, records, unreadable, results.path)
+        schedule = Schedule(plans, records)
+    # As JSON brings it, from the process that leads.
+    left = team.lead(lambda: _left(schedule))
+    if not left:
         return
-
-    splits = team.after_lead(lambda: plan.benchmark.load(plan.settings, data_root))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=console.quiet or not console.is_terminal
-    ) as progress:
-        times = _step_times(plan, known, pending, splits, progress, team)
-        # A step counts as much as it lasts, so that the time left is right for slow methods too.
-        weights = [each.ratio if (each := times.get(_timed(run))) else 1.0 for run in pending]
-        costs = [
-            _steps(plan, run.method) * weight for run, weight in zip(pending, weights, strict=True)
-        ]
-        bar = progress.add_task("training", total=sum(costs))
-        for number, run in enumerate(pending, start=1):
-            what = f"{plan.label(run.method, run.architecture)}, seed {run.seed}"
-            label = f"run {number} of {len(pending)}: {what}"
-            progress.update(bar, description=label)
-            after_step = partial(progress.advance, bar, weights[number - 1])
-            record = _run(plan, run, splits, times.get(_timed(run)), after_step, team)
-            if results is not None:
-                results.append(record)
-            # A failed run has made fewer steps than were planned.
-            progress.update(bar, completed=sum(costs[:number]))
-            if not console.is_terminal or record.error is not None:
-                outcome = record.error or f"{record.train_seconds:.1f} s"
-                console.print(f"{label}: {outcome}", soft_wrap=True, markup=False)
+    threads = torch.get_num_threads()
+    if workers:
+        workers = min(workers, len(left))
+        threads = max(1, threads // workers)
+    data = _Data(plans, data_root, team)
+    with _threads(threads):
+        known = team.lead(lambda: _known_times(schedule, team.size, threads))
+        times = []
+        for number, plan in enumerate(plans):
+            rows = [(row[0], row[1]) for of, row in left if of == number]
+            before = {Contestant(*who): StepTime(*lasted) for who, lasted in known[number]}
+            if rows:
+                before.update(_step_times(plan, before.keys(), rows, data.of(number), screen, team))
+            times.append(before)
+        if schedule is not None:
+            screen.start(schedule, [_cost(plans[of], row, times[of]) for of, row in schedule.left])
+        try:
+            if workers == 0:
+                _in_turn(plans, times, schedule, results, data, screen, team)
+            else:
+                assert schedule is not None
+                assert results is not None
+                data.forget()
+                with Workers(workers, threads, data_root) as processes:
+                    _beside(plans, times, schedule, results, processes, screen)
+        finally:
+            screen.stop()
 
 
-def _missing(
-    plan: Plan, results: ResultsFile | None, console: Console, team: Team
-) -> tuple[list[Run], list[tuple[Contestant, StepTime]]]:
-    """The runs that are to be made, and the step times on record of as many processes."""
-    assert results is not None
-    records, unreadable = results.read()
-    if unreadable:
-        console.print(f"{unreadable} unreadable lines in {results.path} are left out", markup=False)
-    known = plan.select(records)
-    pending = [run for run in plan.runs if run not in known or known[run].error is not None]
-    if records:
-        found, total = len(plan.runs) - len(pending), len(plan.runs)
-        mine = plan.fingerprints
-        others = sum(mine.get(r.architecture) != r.fingerprint for r in records)
-        beside = f"; {others} runs with other settings or versions left aside" if others else ""
-        found_here = f"{found} of {total} runs found in {results.path}{beside}"
-        console.print(found_here, soft_wrap=True, markup=False)
-    times = [
-        (_timed(run), StepTime(record.step_time, record.step_seconds, record.peak_bytes))
-        for run, record in known.items()
-        if record.step_time is not None and record.processes == team.size
-    ]
-    return pending, times
+class _Data:
+    """The data of the plans, one at a time: two sets may be more than fits."""
+
+    def __init__(self, plans: Sequence[Plan], data_root: Path | None, team: Team) -> None:
+        self._plans = plans
+        self._root = data_root
+        self._team = team
+        self._number: int | None = None
+        self._splits: Splits | None = None
+
+    def of(self, number: int) -> Splits:
+        """Those of one plan."""
+        if self._number != number or self._splits is None:
+            self.forget()
+            plan = self._plans[number]
+            load = partial(plan.benchmark.load, plan.settings, self._root)
+            self._number, self._splits = number, self._team.after_lead(load)
+        return self._splits
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._number = self._splits = None
 
 
-def _steps(plan: Plan, method: str) -> int:
-    """Training steps of one run, over all its networks."""
-    networks = len(plan.benchmark.tasks) if method == SINGLE_TASK else 1
-    return networks * steps_per_run(plan.settings)
+def _in_turn(
+    plans: Sequence[Plan],
+    times: Sequence[Times],
+    schedule: Schedule | None,
+    results: ResultsFile | None,
+    data: _Data,
+    screen: Screen,
+    team: Team,
+) -> None:
+    """Make run after run in this process, with the team."""
+    while (found := team.lead(lambda: None if schedule is None else schedule.next())) is not None:
+        number, run = int(found[0]), _run(found[1])
+        plan, timed = plans[number], times[number]
+        screen.begin(number, run)
+        after_step = partial(screen.advance, number, run, _cost_of_step(run, timed))
+        record = make_run(
+            plan.benchmark,
+            plan.settings,
+            run,
+            data.of(number),
+            timed.get(_timed(run)),
+            after_step,
+            team,
+        )
+        if results is not None and schedule is not None:
+            _settle(schedule, results, screen, number, record)
+
+
+def _beside(
+    plans: Sequence[Plan],
+    times: Sequence[Times],
+    schedule: Schedule,
+    results: ResultsFile,
+    workers: Workers,
+    screen: Screen,
+) -> None:
+    """Let workers make the runs beside each other."""
+    numbers: dict[Job, int] = {}
+
+    def after_steps(job: Job, steps: int) -> None:
+        number = numbers[job]
+        screen.advance(number, job.run, steps * _cost_of_step(job.run, times[number]))
+
+    while True:
+        while workers.has_room and (found := schedule.next()) is not None:
+            number, run = found
+            plan = plans[number]
+            source = plan.source or plan.benchmark.name
+            job = Job(source, plan.settings, run, times[number].get(_timed(run)))
+            numbers[job] = number
+            screen.begin(number, run)
+            workers.start(job)
+        if workers.is_idle:
+            return
+        for job, record in workers.poll(_POLL_SECONDS, after_steps):
+            _settle(schedule, results, screen, numbers.pop(job), record)
+
+
+def _settle(
+    schedule: Schedule, results: ResultsFile, screen: Screen, number: int, record: Record
+) -> None:
+    results.append(record)
+    schedule.settle(number, record)
+    screen.end(number, record)
+
+
+def _left(schedule: Schedule | None) -> list[tuple[int, Row]]:
+    assert schedule is not None
+    return schedule.left
+
+
+def _run(found: Sequence[object]) -> Run:
+    """A run as JSON brings it."""
+    method, seed, architecture, trial = found
+    assert isinstance(trial, (list, tuple))
+    return Run(str(method), int(str(seed)), str(architecture), Trial(*trial))
 
 
 def _timed(run: Run) -> Contestant:
-    return Contestant(run.method, run.architecture)
+    method = None if run.method == UNITARY else run.method
+    return Contestant(method, run.architecture)
+
+
+def _known_times(
+    schedule: Schedule | None, processes: int, threads: int
+) -> list[list[tuple[Contestant, StepTime]]]:
+    """By plan, the step times on record of as many processes and threads."""
+    assert schedule is not None
+    return [
+        [
+            (_timed(run), StepTime(record.step_time, record.step_seconds, record.peak_bytes))
+            for run, record in schedule.found(number).items()
+            if record.step_time is not None
+            and (record.processes, record.threads) == (processes, threads)
+        ]
+        for number in range(len(schedule.plans))
+    ]
 
 
 def _step_times(
     plan: Plan,
-    known: Mapping[Contestant, StepTime],
-    pending: Sequence[Run],
+    known: Set[Contestant],
+    rows: Sequence[Row],
     splits: Splits,
-    progress: Progress,
+    screen: Screen,
     team: Team,
-) -> dict[Contestant, StepTime]:
-    """Step times by method and architecture: the known ones, and the missing ones measured now."""
-    times = dict(known)
-    missing = {_timed(run) for run in pending if run.method != SINGLE_TASK} - times.keys()
-    if missing:
-        bar = progress.add_task("measuring step times", total=plan.preset.timing_rounds)
-        measured = step_times(
+) -> Times:
+    """Step times by method and architecture, of the rows whose time is not known."""
+    wanted = {_timed(Run(row[0], 0, row[1], _NO_TRIAL)) for row in rows if row[0] != SINGLE_TASK}
+    missing = wanted - known
+    if not missing:
+        return {}
+    with screen.measuring(plan, plan.preset.timing_rounds) as advance:
+        return step_times(
             plan.benchmark,
             plan.settings,
             splits.train,
-            sorted(missing),
+            sorted(missing, key=str),
             plan.preset.timing_rounds,
-            lambda: progress.advance(bar),
+            advance,
             team,
         )
-        progress.remove_task(bar)
-        times.update(measured)
-    return times
 
 
-def _run(
-    plan: Plan,
-    run: Run,
-    splits: Splits,
-    step_time: StepTime | None,
-    after_step: Callable[[], None],
-    team: Team,
-) -> Record:
-    """Train and evaluate one method with one seed; an exception ends up in the record."""
-    benchmark = plan.benchmark
-    single = run.method == SINGLE_TASK
-    method = None if single else run.method
-    groups = [(task,) for task in benchmark.tasks] if single else [benchmark.tasks]
-    test: dict[str, dict[str, float]] = {}
-    validation: dict[str, dict[str, float]] = {}
-    error: str | None = None
-    description = ""
-    seconds = 0.0
-    curve: list[dict[str, Any]] = []
-    parameters = 0
+def _cost(plan: Plan, row: Row, times: Times) -> float:
+    """What a run counts for in the time left: its steps, each as much as it lasts."""
+    return plan.steps(row[0]) * _cost_of_step(Run(row[0], 0, row[1], _NO_TRIAL), times)
+
+
+def _cost_of_step(run: Run, times: Times) -> float:
+    known = times.get(_timed(run))
+    return (known.seconds or known.ratio) if known else 1.0
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for tasks in groups:
-            learner = Learner(
-                benchmark, plan.settings, tasks, method, run.seed, run.architecture, team
-            )
-            description = learner.description
-            parameters += learner.parameters
-            clock = step_clock(team)
-            start = clock()
-            learner.prepare(splits)
-            seconds += clock() - start
-            probe = not single and run.architecture == benchmark.architecture and team.size == 1
-            lasted, curve = train(learner, splits, plan.settings, run.seed, after_step, probe)
-            seconds += lasted
-            test.update(evaluate(learner, splits.test))
-            validation.update(evaluate(learner, splits.validation))
-    except Exception as exception:
-        error = one_line(exception)
-        test, validation, curve = {}, {}, []
-    error = team.settle(error)
-    return Record(
-        benchmark=benchmark.name,
-        method=run.method,
-        architecture=run.architecture,
-        seed=run.seed,
-        fingerprint=plan.fingerprints[run.architecture],
-        error=error,
-        test=test,
-        validation=validation,
-        aggregator=description,
-        step_time=step_time.ratio if step_time else None,
-        train_seconds=round(seconds, 3),
-        settings=asdict(plan.settings),
-        versions=versions(),
-        parameters=parameters,
-        step_seconds=step_time.seconds if step_time else None,
-        processes=team.size,
-        curve=[] if single else curve,
-        peak_bytes=step_time.peak_bytes if step_time else None,
-        threads=torch.get_num_threads(),
-    )
+        yield
+    finally:
+        torch.set_num_threads(before)

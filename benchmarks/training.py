@@ -107,6 +107,8 @@ class Learner:
                 independent batches gets equal parts of it.
             held_out: a validation batch, for the methods that look at one.
         """
+        if all(_is_missing(batch, task) for task in self.tasks):
+            return torch.full((len(self.tasks),), math.nan)  # There is nothing to learn from it.
         optimizer = self.optimizer
         if not isinstance(optimizer, MultiTaskOptimizer):
             optimizer.zero_grad()

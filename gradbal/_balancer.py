@@ -33,7 +33,6 @@ from gradbal.jacobian import (
     Engine,
     Found,
     FoundInstances,
-    GramianEngine,
     Instance,
     Layerwise,
     Loop,
@@ -41,16 +40,17 @@ from gradbal.jacobian import (
     Root,
     RootsInTurn,
     Rows,
-    RowsEngine,
     Sketch,
     WeightedSum,
     combine,
     deliver,
+    finds_gramian,
     gradients_of,
     hooks_held_back,
     reach_of,
     reached_parameters,
     shared_indices,
+    takes_rows,
     there,
     upload,
 )
@@ -60,8 +60,7 @@ __all__ = ["BackwardCall", "Balancer"]
 _OUTCOME = ("weights", "head_weights", "gramian", "losses")
 
 
-@dataclass(frozen=True)
-class BackwardCall:
+class BackwardCall(NamedTuple):
     """What one call of `backward` asks for.
 
     batch: the losses. parameters: those to train, without the aggregator's own. absent: tasks that
@@ -84,7 +83,9 @@ class BackwardCall:
     @property
     def lazy(self) -> bool:
         """Whether any losses are not evaluated yet."""
-        return any(isinstance(b, LazyLosses) for b in (self.batch, *self.independent))
+        if isinstance(self.batch, LazyLosses):
+            return True
+        return any(isinstance(b, LazyLosses) for b in self.independent)
 
 
 class _Examined(NamedTuple):
@@ -244,7 +245,14 @@ class Balancer:
         if not self._has_choice(call):
             self._use(Loop())
             return self._step_for(call)(call)
-        with self.auto.engine_of_step(self._case(call)) as engine:
+        case = self._case(call)
+        settled = self.auto.settled_on(case)
+        if settled is not None:
+            if not self.engine is self.rows.engine is settled:
+                self._use(settled)
+                self._free_unused()
+            return self._step_for(call)(call)
+        with self.auto.engine_of_step(case) as engine:
             self._use(engine)
             if self.auto.settled:
                 self._free_unused()
@@ -297,13 +305,13 @@ class Balancer:
 
     def _use(self, engine: Engine) -> None:
         self.engine = engine
-        if isinstance(engine, RowsEngine):
+        if takes_rows(engine):
             self.rows.engine = self.processes.engine or engine
 
     def _free_unused(self) -> None:
         """Gives back what engines that were not chosen have kept."""
         assert self.auto is not None
-        if isinstance(self.engine, GramianEngine):
+        if finds_gramian(self.engine):
             self.rows.free()
         for engine in self.auto.engines:
             if engine is not self.engine and isinstance(engine, Layerwise):
@@ -399,7 +407,7 @@ class Balancer:
         state = {**self.__dict__, "processes": Alone(), "_processes_of": None}
         if self.processes.engine is not None:
             self._check_nothing_pends()
-            engine = self.engine if isinstance(self.engine, RowsEngine) else Loop()
+            engine = self.engine if takes_rows(self.engine) else Loop()
             state["rows"] = Rows(self.shared_params, engine, dtype=self.jacobian_dtype)
         return state
 
@@ -530,7 +538,7 @@ class Balancer:
                 return self._probe_step
             if isinstance(self.engine, Instance):
                 return self._instance_step
-            if isinstance(self.engine, GramianEngine):
+            if finds_gramian(self.engine):
                 return self._gramian_step
         return self._rows_step
 
@@ -548,7 +556,7 @@ class Balancer:
     def _new_rows(self) -> Rows:
         shared = self.shared_params and [*self.processes.stand_ins(self.shared_params)]
         engine = self.processes.engine or self.engine
-        if isinstance(engine, RowsEngine):
+        if takes_rows(engine):
             return Rows(shared, engine, dtype=self.jacobian_dtype)
         return Rows(shared, dtype=self.jacobian_dtype)
 
@@ -565,7 +573,7 @@ class Balancer:
 
     def check_gathers(self) -> None:
         """Whether gradients can be kept for the next call."""
-        if isinstance(self.engine, GramianEngine):
+        if finds_gramian(self.engine):
             raise ValueError(
                 "accumulate=True needs an engine whose gradients add up, found "
                 f'jacobian="{self.engine.name}"; use "loop", or one larger batch'
@@ -675,6 +683,11 @@ class Balancer:
             probed = self.aggregator.probed_parameters()
             if probed is not None:
                 jacobian = rows.columns(probed)
+        if widths is None and jacobian is rows.jacobian and self.processes.alone:
+            product = rows.product_of_few()
+            if product is not None:
+                g = _unscaled(product, scale)
+                return g, HostValues(g, values, rows.head_extremes() if rows.has_heads else None)
         parts = [jacobian] if widths is None else list(torch.split(jacobian, widths, 1))
 
         def take(exact: bool) -> tuple[Tensor, HostValues]:
@@ -836,11 +849,14 @@ class Balancer:
     ) -> list[float | Tensor | None]:
         """What each task's own gradients are multiplied by; None for tasks that sit out."""
         assert self.tasks is not None
+        if self.heads == "own":
+            found: Sequence[float | Tensor] = [1.0] * len(self.tasks)
+        else:
+            on_host = head_weights.device.type == "cpu"
+            found = head_weights.tolist() if on_host else head_weights.unbind()
         factors: list[float | Tensor | None] = [None] * len(self.tasks)
-        on_host = head_weights.device.type == "cpu"
         for i in present:
-            factor = head_weights[i]
-            factors[i] = 1.0 if self.heads == "own" else float(factor) if on_host else factor
+            factors[i] = found[i]
         return factors
 
     def _taking_part(self, present: list[int]) -> dict[str, Any]:
@@ -913,7 +929,7 @@ class Balancer:
     # The Gramian without the rows, then one pass if it takes one to deliver.
 
     def _gramian_step(self, call: BackwardCall) -> bool:
-        assert isinstance(self.engine, GramianEngine)
+        assert finds_gramian(self.engine)
         assert isinstance(call.batch, Losses)
         batch, scale = call.batch, call.scale
         values, factors = self._transformed(batch)
@@ -990,7 +1006,7 @@ class Balancer:
         if isinstance(found, bool):
             return found
         weights = self._weights(found.host, found.present)
-        self._weighted_pass(replace(call, absent=found.absent), factors, weights, taken)
+        self._weighted_pass(call._replace(absent=found.absent), factors, weights, taken)
         self._train_own_weights(values, found.present, call.scale)
         self._finish(*weights, found.gramian, found.absent)
         return True
@@ -1285,6 +1301,8 @@ class Balancer:
         """Where the T backward passes start."""
         known = self._known_reach(batch, parameters)
         if isinstance(batch, Losses):
+            if self.loss_transform is None and scale is batch.factors is None:
+                return batch.roots(None, known)
             return batch.roots(_scaled(self._factors(batch), scale), known)
         return batch.roots(partial(self._cotangent, scale=scale), known)
 

@@ -23,7 +23,7 @@ from gradbal.aggregators.base import (
     JacobianAggregator,
     Scalarizer,
 )
-from gradbal.jacobian import WITHOUT_ROWS, Engine, RowsEngine
+from gradbal.jacobian import WITHOUT_ROWS, Engine, takes_rows
 from gradbal.registry import create
 
 __all__ = [
@@ -293,7 +293,7 @@ def check_lazy(aggregator: Aggregator, engine: Engine, features: Any) -> None:
         raise ValueError(
             "`features` need the losses themselves, which all start from them, found functions"
         )
-    if isinstance(aggregator, GramianAggregator) and not isinstance(engine, RowsEngine):
+    if isinstance(aggregator, GramianAggregator) and not takes_rows(engine):
         raise ValueError(
             f"the engine {engine.name!r} goes through all losses' graphs twice, while losses given "
             'as functions are there one at a time; use jacobian="loop"'

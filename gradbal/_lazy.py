@@ -127,9 +127,11 @@ class LazyRoots:
 
 def are_functions(losses: object) -> bool:
     """Whether any entry is a function."""
-    if isinstance(losses, Mapping):
+    if not isinstance(losses, list | tuple):
+        if not isinstance(losses, Mapping):
+            return False
         losses = list(losses.values())
-    return isinstance(losses, list | tuple) and any(map(callable, losses))
+    return any(map(callable, losses))
 
 
 def read_functions(losses: object, names: Names | None) -> LazyLosses | None:

@@ -52,7 +52,7 @@ class Losses:
         return self.values
 
     def roots(
-        self, cotangents: Tensor, known: Sequence[Reach | None] | None = None
+        self, cotangents: Tensor | None, known: Sequence[Reach | None] | None = None
     ) -> list[Root | Absent]:
         """Where each loss's own backward pass starts, and with which cotangent.
 
@@ -60,13 +60,22 @@ class Losses:
         not walk the other tasks' heads.
 
         Args:
-            cotangents: `[T]`, what each loss is multiplied by.
+            cotangents: `[T]`, what each loss is multiplied by; None for ones.
             known: for each of T tasks what it reached before, for those that are missing.
         """
+        if cotangents is None and isinstance(self.tensors, list):
+            return [
+                Absent(known[i] if known else None) if l is None else (l, torch.ones_like(l))
+                for i, l in enumerate(self.tensors)
+            ]
+        if cotangents is None:
+            cotangents = torch.ones_like(self.values)
         if isinstance(self.tensors, list):
             pairs = zip(self.tensors, cotangents.unbind(), strict=True)
             return [
-                Absent(known[i] if known else None) if l is None else (l, c.to(l.dtype))
+                Absent(known[i] if known else None)
+                if l is None
+                else (l, c if c.dtype is l.dtype else c.to(l.dtype))
                 for i, (l, c) in enumerate(pairs)
             ]
         edges = _stacked_edges(self.tensors)
@@ -126,13 +135,13 @@ def read_losses(losses: object, names: Names | None) -> Losses:
     """
     if isinstance(losses, Tensor):
         return _read_vector(losses, names)
-    if isinstance(losses, Mapping):
-        losses = in_order(losses, names)
-        found: Names = tuple(losses)
-        tensors = list(losses.values())
-    elif isinstance(losses, list | tuple):
+    if isinstance(losses, list | tuple):
         tensors = list(losses)
-        found = tuple(range(len(tensors)))
+        found: Names = tuple(range(len(tensors)))
+    elif isinstance(losses, Mapping):
+        losses = in_order(losses, names)
+        found = tuple(losses)
+        tensors = list(losses.values())
     else:
         raise TypeError(
             "losses must be a list, tuple or dict of scalar tensors, or a 1-D tensor, found "
@@ -140,7 +149,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         )
     if not tensors:
         raise ValueError("losses must have at least one entry, found none")
-    missing = frozenset(i for i, loss in enumerate(tensors) if loss is None)
+    missing = frozenset([i for i, loss in enumerate(tensors) if loss is None])
     if len(missing) == len(tensors):
         raise ValueError(
             f"at least one loss must be there, found None for all {len(tensors)} tasks; leave "
@@ -150,7 +159,7 @@ def read_losses(losses: object, names: Names | None) -> Losses:
         if loss is not None:
             check_loss(name, loss)
     present = [l for l in tensors if l is not None]
-    devices = {l.device for l in present}
+    devices = {l.device for l in present} if len(present) > 1 else ()
     if len(devices) > 1:
         raise ValueError(
             f"losses must be on one device, found {', '.join(sorted(map(str, devices)))}"
@@ -247,8 +256,9 @@ def _list(names: Names) -> str:
     return ", ".join(map(repr, names))
 
 
-def _check_dtype(what: str, loss: Tensor) -> None:
+def _check_dtype(what: str, loss: Tensor, *names: str | int) -> None:
     if not loss.dtype.is_floating_point:
+        what = what.format(*map(repr, names))
         raise TypeError(f"{what} must be floating-point, found {loss.dtype}")
 
 
@@ -261,7 +271,7 @@ def check_loss(name: str | int, loss: object) -> None:
             f"the loss of task {name!r} must be a scalar (0-dim), found shape "
             f"{list(loss.shape)}; take its mean or sum"
         )
-    _check_dtype(f"the loss of task {name!r}", loss)
+    _check_dtype("the loss of task {}", loss, name)
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of task {name!r} must have a graph (requires_grad), found one without"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class HostValues:
     Args:
         gramian: `[T, T]`, or `[K, T, T]` for K groups of columns; float64.
         losses: `[T]`, as the aggregator sees them.
-        extremes: `[T]`, the largest entries of each task's other gradients.
+        extremes: `[T]`, the largest entries of each task's other gradients; None where it has none.
         doubt: 0-dim, whether the Gramian has to be formed with more care; None for no.
 
     Attributes:
@@ -47,9 +48,29 @@ class HostValues:
     """
 
     def __init__(
-        self, gramian: Tensor, losses: Tensor, extremes: Tensor, doubt: Tensor | None = None
+        self,
+        gramian: Tensor,
+        losses: Tensor,
+        extremes: Tensor | None,
+        doubt: Tensor | None = None,
     ) -> None:
-        rows = [gramian.reshape(-1, len(losses)), losses[None], extremes[None]]
+        if gramian.device.type == "cpu" and losses.device.type == "cpu":
+            # Nothing has to be packed, and what is looked at are a few floats.
+            self.doubt = doubt is not None and bool(doubt)
+            self.gramian, self.losses = gramian, losses.to(gramian.dtype)
+            grams = gramian.tolist()
+            each = [grams] if gramian.dim() == 2 else grams
+            looked_at = [[row[i] for i, row in enumerate(g)] for g in each]
+            looked_at.append(losses.tolist())
+            if extremes is not None:
+                looked_at.append(extremes.tolist())
+            self.bad = []
+            if not all(all(map(isfinite, values)) for values in looked_at):
+                tasks = zip(*looked_at, strict=True)
+                self.bad = [i for i, values in enumerate(tasks) if not all(map(isfinite, values))]
+            return
+        rows = [gramian.reshape(-1, len(losses)), losses[None]]
+        rows.append(torch.zeros_like(losses)[None] if extremes is None else extremes[None])
         if doubt is not None:
             rows.insert(0, doubt.expand(1, len(losses)))
         packed = torch.cat([row.to(gramian) for row in rows]).cpu()

@@ -6,7 +6,7 @@ import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,8 @@ class Host:
 
 class Together(Alone):
     """What processes have in common that share the work, whoever has which parameters."""
+
+    alone: ClassVar[bool] = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import importlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -15,11 +15,25 @@ from torch.optim import LBFGS, Optimizer
 
 __all__ = [
     "Reference",
+    "UndoneOnErrors",
     "interrupts_held_back",
     "may_ask_again",
     "parameters_remembered",
     "remembered",
 ]
+
+
+try:
+    # What `signal` is made of. To turn a handler into an enum takes that module forty times as long
+    # as to set it, up to Python 3.11, and it is set twice a step.
+    _signals: Any = importlib.import_module("_signal")
+except ImportError:
+    _signals = signal
+
+_SIGINT = int(signal.SIGINT)
+
+# What most attributes are: nothing that changes in its place.
+_PLAIN = frozenset([bool, int, float, str, type(None), tuple, frozenset, Tensor])
 
 
 class Reference:
@@ -41,8 +55,11 @@ def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:
 
     They are remembered by reference, lists and dicts by their entries: it costs next to nothing.
     """
-    before = {k: v for k, v in vars(thing).items() if k not in but}
-    entries = [(v, copy.copy(v)) for v in before.values() if isinstance(v, list | dict)]
+    before = vars(thing).copy()
+    for name in but:
+        before.pop(name, None)
+    others = [v for v in before.values() if type(v) not in _PLAIN]
+    entries = [(v, v.copy()) for v in others if isinstance(v, (list, dict))]
 
     def put_back() -> None:
         current = vars(thing)
@@ -56,31 +73,52 @@ def remembered(thing: Any, *, but: Sequence[str] = ()) -> Callable[[], None]:
     return put_back
 
 
-@contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
+class UndoneOnErrors:
+    """After an error within, or an interrupt, everything is put back.
+
+    Args:
+        put_back: what `remembered` and the like have returned.
+        wanted: whether it is to be put back, asked after the error.
+    """
+
+    def __init__(self, put_back: Sequence[Callable[[], None]], wanted: Callable[[], bool]) -> None:
+        self._put_back, self._wanted = put_back, wanted
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._wanted():
+            with interrupts_held_back():
+                for each in self._put_back:
+                    each()
+
+
+class interrupts_held_back:
     """Ctrl-C waits until what is within is done; a second one does not wait.
 
     A `KeyboardInterrupt` in the middle of an optimizer's loop over parameters would leave some of
     them moved and others not.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    waiting: list[tuple[int, FrameType | None]] = []
 
-    def wait(number: int, frame: FrameType | None) -> None:
-        if waiting:
-            handler(number, frame)
-        waiting.append((number, frame))
+    def __enter__(self) -> None:
+        self._waiting: list[tuple[int, FrameType | None]] = []
+        self._handler: Any = None
+        handler = _signals.getsignal(_SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(handler):
+            self._handler = handler
+            _signals.signal(_SIGINT, self._wait)
 
-    try:
-        signal.signal(signal.SIGINT, wait)
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if waiting:
-            handler(*waiting[0])
+    def _wait(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._handler(number, frame)
+        self._waiting.append((number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            _signals.signal(_SIGINT, self._handler)
+            if self._waiting:
+                self._handler(*self._waiting[0])
 
 
 def may_ask_again(optimizer: Optimizer) -> bool:

@@ -15,10 +15,10 @@ added up.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch.distributed as dist
@@ -119,6 +119,9 @@ class Alone:
     rank = 0
     lacking = False
 
+    alone: ClassVar[bool] = True
+    """Whether all rows and columns are here."""
+
     cannot: ClassVar[dict[str, str]] = {}
     """Kinds of steps that these processes cannot take together, and why."""
 
@@ -169,15 +172,14 @@ class Alone:
         """
         return list(batches)
 
-    @contextlib.contextmanager
-    def agreeing(self) -> Iterator[list[Laid]]:
+    def agreeing(self) -> AbstractContextManager[list[Laid]]:
         """Within it gradients are taken, and put on the list; afterwards they have the same layout
         everywhere.
 
         Raises:
             DistributedError: another process failed on its way.
         """
-        yield []
+        return nullcontext([])
 
     def known_reach(self, reach: list[Reach | None]) -> list[Reach | None]:
         """For each task what it reaches in any of the processes."""
@@ -219,10 +221,9 @@ class Alone:
     def whole_rows(self, jacobian: Tensor) -> None:
         """Makes every process's rows their mean, for methods that look at them."""
 
-    @contextlib.contextmanager
     def completing(
         self, parameters: Sequence[Tensor], roots: Roots | None, accumulate: bool
-    ) -> Iterator[list[bool]]:
+    ) -> AbstractContextManager[list[bool]]:
         """Within it gradients are delivered, and whether they are is put on the list; afterwards
         `.grad` is the mean of all processes.
 
@@ -231,7 +232,7 @@ class Alone:
             roots: the losses, where parameters may get nothing as a task sits the step out.
             accumulate: nothing is delivered.
         """
-        yield []
+        return nullcontext([])
 
 
 def find_processes(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -36,6 +35,7 @@ from gradbal._losses import Losses, read_instances, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError
 from gradbal._undo import (
     Reference,
+    UndoneOnErrors,
     interrupts_held_back,
     may_ask_again,
     parameters_remembered,
@@ -366,12 +366,14 @@ class MultiTaskOptimizer(Optimizer):
         except Exception as error:
             processes.failed(error)
             raise
-        batch, *others = processes.meet(batches, batch_size, self._plan(*asked))
-        lazy = any(isinstance(each, LazyLosses) for each in (batch, *others))
+        if not processes.alone:
+            batches = processes.meet(batches, batch_size, self._plan(*asked))
+        batch, others = batches[0], batches[1:]
+        lazy = any(isinstance(each, LazyLosses) for each in batches)
         like = batch.like()
         if balancer.loss_transform == "log" and like.device.type == "cpu":
             # Elsewhere the NaN of such a logarithm is found, without waiting for the device.
-            for each in (batch, *others):
+            for each in batches:
                 if not isinstance(each, LazyLosses):
                     check_positive(each.names, each.values)
         single_pass = not balancer.needs_jacobian(accumulate, batch.missing)
@@ -385,9 +387,9 @@ class MultiTaskOptimizer(Optimizer):
             # They are not known yet.
             absent = batch.missing
         else:
-            absent = balancer.absent([batch, *others], single_pass)
+            absent = balancer.absent(batches, single_pass)
         with self._undone_on_errors():
-            if all(p.grad is None for p in parameters):
+            if self._before is not None and all(p.grad is None for p in parameters):
                 # Cleared by another's `zero_grad`.
                 self._undo_left_out()
             if scale is not None and self._before is None:
@@ -438,7 +440,8 @@ class MultiTaskOptimizer(Optimizer):
             check_lazy(self.aggregator, balancer.engine, features)
         # Calls the first of the functions.
         batches[0].like()
-        check_all_there(self.aggregator, batches if independent else ())
+        if independent:
+            check_all_there(self.aggregator, batches)
         check_batch_size(batch_size, len(names))
         balancer.check_processes(batches, features)
         return batches
@@ -497,7 +500,7 @@ class MultiTaskOptimizer(Optimizer):
             self._check_late()
             if self._skip_step:
                 return None
-            with self._undone_on_errors():
+            with UndoneOnErrors(self._remember_step(), self._is_open):
                 self._before = None
                 self._balancer.observe()
                 return self._wrapped_step()
@@ -713,8 +716,7 @@ class MultiTaskOptimizer(Optimizer):
 
     # Small parts.
 
-    @contextlib.contextmanager
-    def _undone_on_errors(self) -> Iterator[None]:
+    def _undone_on_errors(self) -> UndoneOnErrors:
         """After an error aggregator and counters are as before, unless the step was taken."""
         put_back = [
             self.aggregator.remember(),
@@ -722,14 +724,22 @@ class MultiTaskOptimizer(Optimizer):
             remembered(self, but=("_taken",)),
         ]
         self._taken = False
-        try:
-            yield
-        except BaseException:
-            if not self._taken:
-                with interrupts_held_back():
-                    for each in put_back:
-                        each()
-            raise
+        return UndoneOnErrors(put_back, self._is_open)
+
+    def _is_open(self) -> bool:
+        return not self._taken
+
+    def _remember_step(self) -> list[Callable[[], None]]:
+        """The same for a plain step, which changes little."""
+        balancer = self._balancer
+        before, unobserved = self._before, balancer.unobserved
+        delivered, self._taken = self._delivered, False
+
+        def put_back() -> None:
+            self._before, self._delivered = before, delivered
+            balancer.unobserved = unobserved
+
+        return [self.aggregator.remember(), put_back]
 
     def _undo_left_out(self) -> bool:
         """Makes the aggregator what it was, if gradients are gone that no `step` has used: their

@@ -6,21 +6,19 @@ as an archive and never installed. What has been parsed is kept beside it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data.fetch import Archive, Member, cache_dir, read_member
+from benchmarks.data.parsed import Arrays, parsed
 from benchmarks.errors import BenchmarkError
 
 __all__ = ["ARCHIVE", "NOMINAL", "NUMERIC", "Census", "People", "load_census"]
@@ -123,21 +121,26 @@ def load_census(data_root: Path | None = None) -> Census:
         BenchmarkError: the archive cannot be fetched, or holds something else.
     """
     root = cache_dir(data_root)
-    parsed = root / f"census-income-{ARCHIVE.sha256[:12]}-{_CACHE_FORM}.npz"
-    if parsed.is_file():
-        try:
-            return _read(parsed)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # A damaged file is made anew.
-    categories: dict[str, dict[str, int]] = {name: {} for name in NOMINAL}
+    path = root / f"census-income-{ARCHIVE.sha256[:12]}-{_CACHE_FORM}.npz"
+    arrays = parsed(path, lambda: _arrays(root))
     train, test = (
-        _parse(read_member(Member(ARCHIVE, _MEMBER.format(part)), root), part, categories)
-        for part in ("train", "test")
+        People(*(arrays[f"{part}_{name}"] for name in _FIELDS)) for part in ("train", "test")
     )
-    census = Census(train, test, {name: list(codes) for name, codes in categories.items()})
-    with contextlib.suppress(OSError):  # A folder that can only be read costs seconds each time.
-        _write(census, parsed)
-    return census
+    return Census(train, test, json.loads(str(arrays["categories"])))
+
+
+_FIELDS = ("numeric", "codes", "rich")
+
+
+def _arrays(root: Path) -> Arrays:
+    """What the archive holds, as it is kept."""
+    categories: dict[str, dict[str, int]] = {name: {} for name in NOMINAL}
+    arrays: dict[str, NDArray[Any]] = {}
+    for part in ("train", "test"):
+        people = _parse(read_member(Member(ARCHIVE, _MEMBER.format(part)), root), part, categories)
+        arrays |= {f"{part}_{name}": getattr(people, name) for name in _FIELDS}
+    names = {name: list(codes) for name, codes in categories.items()}
+    return {**arrays, "categories": np.array(json.dumps(names))}
 
 
 def _parse(content: bytes, part: str, categories: dict[str, dict[str, int]]) -> People:
@@ -179,28 +182,3 @@ def _unreadable(part: str, number: int, required: str, found: str) -> BenchmarkE
     return BenchmarkError(
         f"line {number} of Census-Income's {part} file must hold {required}, found {found}"
     )
-
-
-def _write(census: Census, path: Path) -> None:
-    """Write the file under its final name when it is whole."""
-    with tempfile.TemporaryDirectory(prefix=".parsing-", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        np.savez_compressed(
-            draft,
-            categories=np.array(json.dumps(census.categories)),
-            **{
-                f"{part}_{name}": getattr(people, name)
-                for part, people in (("train", census.train), ("test", census.test))
-                for name in ("numeric", "codes", "rich")
-            },
-        )
-        os.replace(draft, path)
-
-
-def _read(path: Path) -> Census:
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-        train, test = (
-            People(*(file[f"{part}_{name}"] for name in ("numeric", "codes", "rich")))
-            for part in ("train", "test")
-        )
-        return Census(train, test, json.loads(str(file["categories"])))

@@ -6,38 +6,48 @@ out of it by name: nothing is extracted to disk and no code from a package is ev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+from benchmarks.data.clients import apt_download, npm_pack, pip_download
+from benchmarks.data.packed import read_deb, read_tar, read_zip
 from benchmarks.errors import BenchmarkError
 
-__all__ = ["Archive", "Member", "cache_dir", "fetch", "read_member"]
+__all__ = ["Archive", "Member", "cache_dir", "fetch", "read_member", "read_members"]
 
-_TIMEOUT_SECONDS = 900
-_PACKAGE_NAME = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[a-z0-9][a-z0-9._-]*")
-_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]*")
+_PACKAGE_NAME = re.compile(r"(@[a-z0-9][a-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._+-]*")
+_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+~-]*")
+_WHEEL = re.compile(r"(py|cp)[0-9]+-[a-z0-9]+-[a-z0-9_]+")
+_STALE_SECONDS = 3600
+_DRAFT = ".download-"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One version of one package: `registry`, `name`, `version`, hex `sha256`.
+    """One file of one version of a package, by its hex SHA-256.
 
-    The registry is "npm", or "pypi" for a source distribution there.
+    Attributes:
+        registry: "npm", "pypi", or "debian" for a package of the release that the machine runs.
+        name, version: of the package.
+        sha256: of the file.
+        wheel: on PyPI the tags at the end of a wheel's name, such as "py3-none-any"; empty for a
+            source distribution. A wheel is an archive like any other, and need not fit the machine.
     """
 
     registry: str
     name: str
     version: str
     sha256: str
+    wheel: str = ""
 
     def __post_init__(self) -> None:
         if self.registry not in _CLIENTS:
@@ -51,20 +61,25 @@ class Archive:
             raise ValueError(f"`version` must be one exact version, found {self.version!r}")
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
             raise ValueError(f"`sha256` must be 64 hex digits, found {self.sha256!r}")
+        if self.wheel and not (self.registry == "pypi" and _WHEEL.fullmatch(self.wheel)):
+            raise ValueError(f"`wheel` must be the tags of a wheel on PyPI, found {self.wheel!r}")
 
     @property
     def file_name(self) -> str:
         """Name of the file in the cache."""
-        ending = "tgz" if self.registry == "npm" else "tar.gz"
-        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.{ending}"
+        stem = f"{self.name.lstrip('@').replace('/', '-')}-{self.version}"
+        if self.wheel:
+            return f"{stem}-{self.wheel}.whl"
+        return f"{stem}.{_ENDINGS[self.registry]}"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file inside an archive, by its full path there."""
+    """One file inside an archive, by its full path there, of at most `limit` bytes."""
 
     archive: Archive
     path: str
+    limit: int = 512 << 20
 
 
 def cache_dir(data_root: Path | None = None) -> Path:
@@ -79,148 +94,100 @@ def fetch(archive: Archive, root: Path) -> Path:
     """Return the path of `archive` in the folder `root`, downloading it if it is not there yet.
 
     The checksum is verified on every call. The file appears under its final name only when it is
-    complete and verified, so an interrupted download leaves nothing behind that looks finished.
+    complete and verified, so an interrupted download leaves nothing behind that looks finished, and
+    processes that fetch it at once put the same file in the same place. A damaged file is fetched
+    anew.
 
     Raises:
-        BenchmarkError: the client is missing, the download failed, or the checksum differs (the
-            file is then removed).
+        BenchmarkError: the client is missing, the download failed, or it has another checksum.
     """
+    with _opened(archive, root):
+        return root / archive.file_name
+
+
+def read_members(members: Sequence[Member], root: Path) -> list[bytes]:
+    """Return the contents of regular files of one archive, fetching it if need be.
+
+    Raises:
+        BenchmarkError: see `fetch`; or the archive has no regular file of one of the names, has it
+            twice, or it is larger than its limit.
+    """
+    (archive,) = {member.archive for member in members}
+    limits = {member.path: member.limit for member in members}
+    read = {"whl": read_zip, "deb": read_deb}.get(archive.file_name.rsplit(".")[-1], read_tar)
+    with _opened(archive, root) as stream:
+        contents = read(stream, limits, str(root / archive.file_name))
+    return [contents[member.path] for member in members]
+
+
+def read_member(member: Member, root: Path) -> bytes:
+    """Return the content of one regular file; see `read_members`."""
+    return read_members([member], root)[0]
+
+
+@contextlib.contextmanager
+def _opened(archive: Archive, root: Path) -> Iterator[IO[bytes]]:
+    """The archive, verified: what is read is what was verified, whatever others do to the file."""
     target = root / archive.file_name
     if target.is_file():
-        _verify(archive, target)
-        return target
+        with target.open("rb") as stream:
+            if not _difference(archive, stream):
+                yield stream
+                return
     try:
         root.mkdir(parents=True, exist_ok=True)
+        _clean(root)
         # Inside `root`, so that the last step is a rename within one file system.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            downloaded = _CLIENTS[archive.registry](archive, Path(folder))
-            _verify(archive, downloaded)
+        with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=root) as folder:
+            downloaded = _download(archive, Path(folder), root)
             os.replace(downloaded, target)
+            stream = target.open("rb")
     except OSError as error:
         raise BenchmarkError(
             f"the data folder {root} must be writable, found: {error}; choose another one with "
             "--data-root or $GRADBAL_DATA"
         ) from error
-    return target
+    with stream:
+        yield stream
 
 
-def read_member(member: Member, root: Path) -> bytes:
-    """Return the content of one regular file of an archive, fetching the archive if need be.
-
-    Raises:
-        BenchmarkError: see `fetch`; or the archive has no regular file of that name.
-    """
-    path = fetch(member.archive, root)
-    with tarfile.open(path) as tar:
-        try:
-            info = tar.getmember(member.path)
-        except KeyError:
-            info = None
-        # A link inside an archive could point to another member; data are plain files.
-        stream = tar.extractfile(info) if info is not None and info.isreg() else None
-        if stream is None:
-            raise BenchmarkError(f"{path} must hold the file {member.path!r}, found none")
-        return stream.read()
-
-
-def _verify(archive: Archive, path: Path) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != archive.sha256:
-        path.unlink()
-        raise BenchmarkError(
-            f"{archive.file_name} must have the SHA-256 {archive.sha256}, found {found}; the file "
-            "has been removed, run the command again to download it anew"
-        )
-
-
-def _npm_pack(archive: Archive, folder: Path) -> Path:
-    """Let npm write the package's tarball into the empty `folder`; runs no script of a package."""
-    spec = f"{archive.name}@{archive.version}"
-    npm = shutil.which("npm")
-    if npm is None:
-        raise BenchmarkError(
-            f"downloading {spec} needs npm on the PATH, found none; install Node.js, or run "
-            "without --full"
-        )
-    command = [npm, "pack", spec, "--ignore-scripts", "--silent"]
-    return _download(f"npm pack {spec}", command, dict(os.environ), folder)
-
-
-def _pip_download(archive: Archive, folder: Path) -> Path:
-    """Let pip write the source distribution into the empty `folder`; runs no script of a package.
-
-    Before it keeps a source distribution pip asks its build backend for the name and version, which
-    for packages without `pyproject.toml` is setuptools and runs their `setup.py`. A backend of that
-    name that knows the answer stands in for it.
-    """
-    spec = f"{archive.name}=={archive.version}"
-    # Looking for the module itself would wake setuptools' own import hooks.
-    if not any(importlib.metadata.distributions(name="pip")):
-        raise BenchmarkError(
-            f"downloading {spec} needs pip, found none for {sys.executable}; python -m ensurepip"
-        )
-    backend = folder / "backend" / "setuptools"
-    backend.mkdir(parents=True)
-    (backend / "__init__.py").write_text("")
-    name = archive.name.replace("-", "_")
-    (backend / "build_meta.py").write_text(
-        _BACKEND.format(name=archive.name, version=archive.version, stem=name)
-    )
-    target = folder / "archive"
-    target.mkdir()
-    options = ["--no-deps", "--no-binary", archive.name, "--no-build-isolation", "--retries", "2"]
-    options += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    path = [str(backend.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PIP_USE_PEP517": "1"}
-    command = [sys.executable, "-m", "pip", "download", spec, *options]
-    return _download(f"pip download {spec}", command, environment, target)
-
-
-_BACKEND = """\
-import os
-
-
-class _Backend:
-    def get_requires_for_build_wheel(self, config_settings=None):
-        return []
-
-    def prepare_metadata_for_build_wheel(self, folder, config_settings=None):
-        info = "{stem}-{version}.dist-info"
-        os.mkdir(os.path.join(folder, info))
-        with open(os.path.join(folder, info, "METADATA"), "w") as file:
-            file.write("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
-        return info
-
-
-__legacy__ = _Backend()
-"""
-
-
-def _download(what: str, command: list[str], environment: dict[str, str], folder: Path) -> Path:
-    """The one archive that a registry's client writes into the empty `folder`."""
+def _download(archive: Archive, folder: Path, root: Path) -> Path:
+    """The verified file, somewhere in the empty `folder`."""
+    client = _CLIENTS[archive.registry]
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+        downloaded = client(archive.name, archive.version, archive.wheel, folder)
+    except BenchmarkError as error:
         raise BenchmarkError(
-            f"`{what}` must end within {_TIMEOUT_SECONDS} s, found it still running"
+            f"{error} (any other way of putting the file {archive.file_name} into {root} will do)"
         ) from error
-    tarballs = sorted([*folder.glob("*.tgz"), *folder.glob("*.tar.gz")])
-    if done.returncode != 0 or len(tarballs) != 1:
-        said = " ".join((done.stderr or done.stdout).split())[-400:] or "nothing"
-        client = what.split()[0]
+    with downloaded.open("rb") as stream:
+        difference = _difference(archive, stream)
+    if difference:
         raise BenchmarkError(
-            f"`{what}` must write one tarball, found exit code {done.returncode} and "
-            f"{len(tarballs)} tarballs; is the registry within reach? {client} said: {said}"
+            f"{difference}; the file has been removed, run the command again to download it anew"
         )
-    return tarballs[0]
+    return downloaded
 
 
-_CLIENTS = {"npm": _npm_pack, "pypi": _pip_download}
+def _difference(archive: Archive, stream: IO[bytes]) -> str:
+    """What is wrong with a file, or nothing; leaves the stream at its beginning."""
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    stream.seek(0)
+    found = digest.hexdigest()
+    if found == archive.sha256:
+        return ""
+    return f"{archive.file_name} must have the SHA-256 {archive.sha256}, found {found}"
+
+
+def _clean(root: Path) -> None:
+    """Remove what killed processes have left of their downloads."""
+    for folder in root.glob(f"{_DRAFT}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(folder)
+
+
+_CLIENTS = {"npm": npm_pack, "pypi": pip_download, "debian": apt_download}
+_ENDINGS = {"npm": "tgz", "pypi": "tar.gz", "debian": "deb"}

@@ -41,6 +41,7 @@ def solve_active(
     neutral: float,
     solve: Callable[[Array, Array, Indices], Array],
     zero: float = ZERO_ROW,
+    pair: Callable[[float, float, float], tuple[float, float] | None] | None = None,
 ) -> Tensor:
     """Weights from a problem on the cosine matrix, with one policy for rows that are zero.
 
@@ -50,10 +51,16 @@ def solve_active(
         solve: takes the cosines `[k, k]`, norms `[k]` and indices `[k]` of the rows that are not
             zero, and returns their weights `[k]`.
         zero: a row whose norm is at most this part of the largest is taken as zero.
+        pair: the same in closed form for two rows, from their cosine and norms, in plain floats: a
+            hundredth of what arrays of two entries cost. None is left to `solve`.
 
     Returns:
         `w [T]`, dtype and device of the Gramian; zero for zero rows.
     """
+    if pair is not None and gramian.shape == (2, 2):
+        found = _of_pair(gramian, zero, pair)
+        if found is not None:
+            return upload(torch.tensor(found, dtype=gramian.dtype, device="cpu"), gramian.device)
     g = symmetric_float64(gramian)
     c, n, active = cosine_matrix(g, zero)
     if len(active) == 0:
@@ -65,6 +72,23 @@ def solve_active(
     w = np.zeros(len(g))
     w[active] = solve(c, n, active)
     return as_weights(w, gramian)
+
+
+def _of_pair(
+    gramian: Tensor,
+    zero: float,
+    pair: Callable[[float, float, float], tuple[float, float] | None],
+) -> tuple[float, float] | None:
+    """The weights of two rows; None where one is zero, or rounding has put the cosine outside of
+    [-1, 1], or an entry is not finite."""
+    (first, upper), (lower, second) = gramian.tolist()
+    if not (0.0 < first < math.inf and 0.0 < second < math.inf):
+        return None
+    n, m = math.sqrt(first), math.sqrt(second)
+    if not (n > zero * m and m > zero * n):
+        return None
+    cosine = 0.5 * (upper + lower) / (n * m)
+    return pair(cosine, n, m) if -1.0 <= cosine <= 1.0 else None
 
 
 def relative_cutoff(gramian: Tensor) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from gradbal.aggregators.base import Scalarizer
@@ -40,6 +43,10 @@ class Mean(Scalarizer):
     def scalarize(self, losses: Tensor) -> Tensor:
         """`(1/T) Σ ℓ_i` from losses `[T]`."""
         return mean(losses)
+
+    def loss_weights(self, losses: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """`w [T]`, 1/T each: nothing has to be differentiated."""
+        return torch.full_like(losses, 1.0 / len(losses))
 
 
 def mean(losses: Tensor) -> Tensor:

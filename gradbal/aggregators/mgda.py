@@ -142,9 +142,12 @@ def mgda(
         `w [T]`, dtype and device of the Gramian.
     """
     size = len(gramian)
+    stationary = False
 
     def solve(c: Array, n: Array, active: Indices) -> Array:
+        nonlocal stationary
         if len(active) < size and not ignore_zero_rows:
+            stationary = True
             return np.zeros_like(n)
         lengths = np.ones(len(n)) if unit_rows else n / n.min()
         if divisors is not None:
@@ -158,9 +161,21 @@ def mgda(
         w = a * y
         return np.asarray(w / w.sum())
 
+    def pair(c: float, n: float, m: float) -> tuple[float, float] | None:
+        # a as above, times any number; y is (a_1 - c a_2, a_2 - c a_1) where both are positive.
+        a, b = (1.0, 1.0) if unit_rows else (min(1.0, m / n), min(1.0, n / m))
+        if divisors is not None:
+            largest = float(divisors.max())
+            a, b = a * float(divisors[0]) / largest, b * float(divisors[1]) / largest
+        v, w = a * max(a - c * b, 0.0), b * max(b - c * a, 0.0)
+        total = v + w
+        return (v / total, w / total) if total > 0.0 else None
+
     # However small a row is, the answer hangs on it: only ignoring it needs a threshold.
-    w = solve_active(gramian, 1.0 / size, solve, ZERO_ROW if ignore_zero_rows else 0.0)
-    if ignore_zero_rows or w.any():
+    zero = ZERO_ROW if ignore_zero_rows else 0.0
+    closed_form = pair if solver == "exact" else None
+    w = solve_active(gramian, 1.0 / size, solve, zero, closed_form)
+    if not stationary:
         return w
     zero_rows = gramian.diagonal() <= 0.0
     return zero_rows.to(w) / zero_rows.sum()

@@ -86,4 +86,9 @@ def upgrad(gramian: Tensor, pref: Array) -> Tensor:
             total += found @ shares[conflicted]
         return np.asarray(total / n)
 
-    return solve_active(gramian, 1.0 / len(gramian), solve)
+    def pair(c: float, n: float, m: float) -> tuple[float, float]:
+        # Where they conflict, each is moved by the other until they are at a right angle.
+        conflict, (p, q) = max(-c, 0.0), pref.tolist()
+        return p + conflict * q * m / n, q + conflict * p * n / m
+
+    return solve_active(gramian, 1.0 / len(gramian), solve, pair=pair)

@@ -13,6 +13,8 @@ from gradbal.jacobian.engines import (
     GramianEngine,
     Kept,
     RowsEngine,
+    finds_gramian,
+    takes_rows,
 )
 from gradbal.jacobian.graph import (
     Absent,
@@ -76,6 +78,7 @@ __all__ = [
     "combine",
     "cross_gramian",
     "deliver",
+    "finds_gramian",
     "gradients",
     "gradients_of",
     "gramian",
@@ -83,6 +86,7 @@ __all__ = [
     "reach_of",
     "reached_parameters",
     "shared_indices",
+    "takes_rows",
     "there",
     "upload",
     "used_by_ddp",

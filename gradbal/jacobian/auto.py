@@ -7,8 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -29,8 +28,7 @@ MARGIN = 0.9
 """Another engine takes the place of the rule's when its median is below this part of that one's."""
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """What the rule looks at.
 
     device: where the losses are. n_tasks: T. n_scalars: of all trained parameters. rows: whether
@@ -156,6 +154,13 @@ class Auto:
     def engines(self) -> list[Engine]:
         """Those that were worth a try in the last step."""
         return list(self._engines)
+
+    def settled_on(self, case: Case) -> Engine | None:
+        """The engine of this step where the trial of such steps is over."""
+        if self._settled is None or case != self._case:
+            return None
+        self._last = engine = self._engine()
+        return engine
 
     @contextlib.contextmanager
     def engine_of_step(self, case: Case) -> Iterator[Engine]:

@@ -30,17 +30,9 @@ def gradients(
         RuntimeError: a compiled part cannot be walked more than once; it says what to write.
     """
 
-    def attempt() -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            roots,  # type: ignore[arg-type]
-            parameters,
-            cotangents,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-
+    grad, how = torch.autograd.grad, {"retain_graph": retain_graph, "allow_unused": True}
     try:
-        return attempt()
+        return grad(roots, parameters, cotangents, **how)  # type: ignore[arg-type]
     except RuntimeError as error:
         if _COMPLAINT not in str(error):
             raise
@@ -49,7 +41,7 @@ def gradients(
         if is_compiled(node):
             keep_buffers(node)
     try:
-        return attempt()
+        return grad(roots, parameters, cotangents, **how)  # type: ignore[arg-type]
     except RuntimeError as error:
         if _COMPLAINT not in str(error):
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ __all__ = [
     "GramianEngine",
     "Kept",
     "RowsEngine",
+    "finds_gramian",
+    "takes_rows",
 ]
 
 ENGINES = ("auto", "loop", "vmap", "gramian", "instance", "sketch")
@@ -29,7 +31,6 @@ WITHOUT_ROWS = ("gramian", "instance", "sketch")
 """Those that keep no rows."""
 
 
-@runtime_checkable
 class RowsEngine(Protocol):
     """Takes the rows of the Jacobian; works for every method."""
 
@@ -85,7 +86,6 @@ class Found:
     kept: Kept | None = None
 
 
-@runtime_checkable
 class GramianEngine(Protocol):
     """Finds the Gramian without the rows; for methods that it suffices."""
 
@@ -115,3 +115,13 @@ class GramianEngine(Protocol):
 
 
 Engine = RowsEngine | GramianEngine | Instance
+
+
+def takes_rows(engine: Any) -> TypeGuard[RowsEngine]:
+    """Whether an engine is one of rows; asked at every step, so that it looks at one name."""
+    return hasattr(engine, "rows")
+
+
+def finds_gramian(engine: Any) -> TypeGuard[GramianEngine]:
+    """Whether it is one of the Gramian."""
+    return hasattr(engine, "take")

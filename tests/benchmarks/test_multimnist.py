@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.data.mnist import Digits
-from benchmarks.multimnist import MULTIMNIST, compose, source_digits
+from benchmarks.data.images import Images
+from benchmarks.multimnist import MULTIMNIST, source_digits
+from benchmarks.overlay import compose
 
+TASKS = ("top_left", "bottom_right")
 QUICK = MULTIMNIST.presets["quick"].settings
 
 
@@ -31,11 +33,11 @@ def _marked(count):
     """Digits whose pixels all have the value 1 + their index, labelled index mod 10."""
     values = np.arange(1, count + 1, dtype=np.uint8)
     images = np.broadcast_to(values[:, None, None], (count, 28, 28)).copy()
-    return Digits(images, np.arange(count) % 10)
+    return Images(images, np.arange(count) % 10)
 
 
 def test_canvas():
-    split = compose(_marked(10), count=40, seed=0)
+    split = compose(_marked(10), _marked(10), 40, 0, TASKS)
     assert split.inputs.shape == (40, 1, 36, 36)
     assert split.inputs.dtype == torch.uint8
     first, second = split.targets["top_left"] + 1, split.targets["bottom_right"] + 1
@@ -50,7 +52,7 @@ def test_canvas():
 
 
 def test_every_digit_is_used_equally_often():
-    split = compose(_marked(10), count=35, seed=0)
+    split = compose(_marked(10), _marked(10), 35, 0, TASKS)
     for target in split.targets.values():
         assert set(torch.bincount(target, minlength=10).tolist()) == {3, 4}
     assert not torch.equal(split.targets["top_left"], split.targets["bottom_right"])
@@ -61,7 +63,8 @@ def test_composing_is_deterministic_and_independent_of_the_global_seed():
     first = MULTIMNIST.load(QUICK, None)
     torch.manual_seed(2)
     second = MULTIMNIST.load(QUICK, None)
-    other = compose(source_digits("mnist_5k", None)[0], QUICK.train_size, seed=0)
+    digits = source_digits("mnist_5k", None)[0]
+    other = compose(digits, digits, QUICK.train_size, 0, TASKS)
     assert torch.equal(first.train.inputs, second.train.inputs)
     assert torch.equal(first.test.targets["top_left"], second.test.targets["top_left"])
     assert not torch.equal(first.train.inputs, other.inputs)
@@ -74,7 +77,7 @@ def test_sizes_follow_the_settings():
 
 def test_full_keeps_the_official_test_digits(monkeypatch):
     digits = _marked(240)
-    official = Digits(digits.images[:20] + 200, digits.labels[:20])
+    official = Images(digits.images[:20] + 200, digits.labels[:20])
     monkeypatch.setattr("benchmarks.multimnist.load_full", lambda root: (digits, official))
     train, validation, test = source_digits("mnist", None)
     assert (len(train), len(validation)) == (200, 40)

@@ -1,14 +1,16 @@
 import csv
 import io
 import statistics
+from dataclasses import asdict
 
 import pytest
 from rich.console import Console
 
+from benchmarks.benchmark import SINGLE_TASK
+from benchmarks.plan import Plan
 from benchmarks.plot import write_plot
 from benchmarks.report import Stat, failures, screen_table, summarise, write_csv, write_whole
 from benchmarks.results import Record
-from benchmarks.runner import SINGLE_TASK, Plan
 from tests.benchmarks.conftest import TINY
 
 PLAN = Plan(TINY, TINY.presets["default"], ("sum", "mgda"), seeds=2)
@@ -27,7 +29,7 @@ def _record(method, seed, accuracy=None, mse=None, **other):
         "aggregator": "",
         "step_time": None,
         "train_seconds": 1.0,
-        "settings": {},
+        "settings": asdict(PLAN.settings),
         "versions": {},
     }
     return Record(**{**fields, **other})

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.errors import BadInput
 from benchmarks.multimnist import MULTIMNIST
-from benchmarks.results import Record, ResultsFile, Run, best_by_run, fingerprint
+from benchmarks.results import Record, ResultsFile, Run, Trial, best_by_run, fingerprint
 
 RECORD = Record(
     benchmark="b",
@@ -20,7 +20,7 @@ RECORD = Record(
     aggregator="MGDA()",
     step_time=1.5,
     train_seconds=2.0,
-    settings={"epochs": 1},
+    settings={"epochs": 1, "lr": 0.1},
     versions={"torch": "2"},
 )
 
@@ -70,7 +70,8 @@ def test_json_that_is_no_record_is_counted(tmp_path):
 
 def test_a_line_from_before_sizes_were_written(tmp_path):
     line = asdict(RECORD)
-    del line["parameters"], line["step_seconds"]
+    for name in ("parameters", "step_seconds", "curve", "peak_bytes", "threads"):
+        del line[name]
     results = ResultsFile(tmp_path)
     results.path.write_text(json.dumps(line) + "\n")
     assert results.read() == ([RECORD], 0)
@@ -104,11 +105,11 @@ def test_a_good_run_is_preferred_then_the_latest():
     failed_again = replace(failed, error="ValueError: new")
     better = replace(RECORD, train_seconds=3.0)
     other = replace(RECORD, architecture="b")
-    key = Run("mgda", 0, "a")
+    key = Run("mgda", 0, "a", Trial(0.1, 0.0, 0.0))
     assert best_by_run([failed, failed_again])[key] == failed_again
     assert best_by_run([RECORD, failed])[key] == RECORD
     assert best_by_run([failed, RECORD, better])[key] == better
-    assert best_by_run([RECORD, other]) == {key: RECORD, Run("mgda", 0, "b"): other}
+    assert best_by_run([RECORD, other]) == {key: RECORD, key._replace(architecture="b"): other}
 
 
 def test_fingerprint_follows_settings_revision_and_versions(monkeypatch):
@@ -116,6 +117,7 @@ def test_fingerprint_follows_settings_revision_and_versions(monkeypatch):
     mine = fingerprint(MULTIMNIST, settings)
     assert mine == fingerprint(MULTIMNIST, replace(settings))
     assert mine == fingerprint(MULTIMNIST, settings, "lenet")
+    assert mine == fingerprint(MULTIMNIST, replace(settings, lr=1.0, weight_decay=1.0, dropout=0.5))
     found = {
         mine,
         fingerprint(MULTIMNIST, settings, "mmoe"),

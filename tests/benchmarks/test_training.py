@@ -1,11 +1,14 @@
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gradbal
+from benchmarks.benchmark import Split
+from benchmarks.processes import Team
 from benchmarks.timing import Contestant, StepTime, step_times
 from benchmarks.training import Learner, batches, evaluate, steps_per_run, train
 from tests.benchmarks.conftest import TINY
@@ -14,8 +17,8 @@ SETTINGS = TINY.presets["default"].settings
 SPLITS = TINY.load(SETTINGS, None)
 
 
-def _learner(method, seed=0, tasks=TINY.tasks):
-    return Learner(TINY, SETTINGS, tasks, method, seed)
+def _learner(method, seed=0, tasks=TINY.tasks, **changes):
+    return Learner(TINY, replace(SETTINGS, **changes), tasks, method, seed)
 
 
 def _state(learner):
@@ -117,15 +120,18 @@ def test_step_times_are_ratios_to_the_plain_sum(monkeypatch, threads, size, cloc
 
     monkeypatch.setattr("benchmarks.timing.Learner", Recorder)
     monkeypatch.setattr(
-        "benchmarks.timing.time", SimpleNamespace(perf_counter=None, process_time=None)
+        "benchmarks.training.time", SimpleNamespace(perf_counter=None, process_time=None)
     )
-    monkeypatch.setattr(f"benchmarks.timing.time.{clock}", lambda: now)
+    monkeypatch.setattr(f"benchmarks.training.time.{clock}", lambda: now)
+    monkeypatch.setattr("benchmarks.timing._peak", lambda learner, batch: 7)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     rounds = []
     contestants = [Contestant("sum", "linear"), Contestant("mgda", "hps")]
     team = SimpleNamespace(size=size, settle=lambda error: error)
     found = step_times(TINY, SETTINGS, SPLITS.train, contestants, 4, lambda: rounds.append(1), team)
-    assert found == dict(zip(contestants, [StepTime(1.5, 3.0), StepTime(2.5, 5.0)], strict=True))
+    peak = 7 if size == 1 else None
+    expected = [StepTime(1.5, 3.0, peak), StepTime(2.5, 5.0, peak)]
+    assert found == dict(zip(contestants, expected, strict=True))
     assert len(rounds) == 4
 
 
@@ -171,3 +177,153 @@ def test_a_method_of_independent_batches_gets_parts_of_the_batch(monkeypatch):
     assert more.get("features") is None
     values = [float(part[0].detach()) for part in (losses, *more["independent"])]
     assert len(set(values)) == 3
+
+
+def _masked(split, missing):
+    """The same data with NaN for the size of some examples."""
+    sizes = split.targets["size"].clone()
+    sizes[missing] = float("nan")
+    return Split(split.inputs, {**split.targets, "size": sizes})
+
+
+@pytest.mark.parametrize("method", [None, "mgda", "famo", "uw", "sdmgrad"])
+def test_missing_labels_count_in_no_loss(method):
+    missing = torch.arange(len(SPLITS.train)) % 3 == 1
+    learner = _learner(method)
+    outputs = learner.model(SPLITS.train.inputs)["size"]
+    expected = (outputs - SPLITS.train.targets["size"])[~missing].square().mean()
+    losses = learner.step(_masked(SPLITS.train, missing), SPLITS.validation)
+    if method != "sdmgrad":  # Its losses are those of a part of the batch.
+        assert float(losses[1]) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert all(value.isfinite().all() for value in _state(learner).values())
+
+
+@pytest.mark.parametrize("method", [None, "mgda", "uw", "mean"])
+def test_a_task_without_labels_sits_the_step_out(method):
+    learner = _learner(method)
+    head = {n: v.clone() for n, v in _state(learner).items() if n.startswith("heads.size")}
+    nothing = torch.ones(len(SPLITS.train), dtype=torch.bool)
+    losses = learner.step(_masked(SPLITS.train, nothing), SPLITS.validation)
+    assert losses[1].isnan()
+    assert losses[0].isfinite()
+    assert head
+    assert all(torch.equal(value, _state(learner)[name]) for name, value in head.items())
+
+
+@pytest.mark.parametrize("method", [None, "mgda"])
+def test_a_batch_without_any_label_trains_nothing(method):
+    learner = Learner(TINY, SETTINGS, TINY.tasks[1:], method, 0)
+    before = [p.clone() for p in learner.model.parameters()]
+    nowhere = _masked(SPLITS.train, torch.ones(len(SPLITS.train), dtype=torch.bool))
+    losses = learner.step(nowhere, SPLITS.validation)
+    assert losses.isnan().tolist() == [True]
+    assert all(map(torch.equal, before, learner.model.parameters()))
+
+
+def test_missing_labels_count_in_no_measure():
+    learner = _learner(None)
+    missing = torch.arange(len(SPLITS.test)) % 4 == 0
+    found = evaluate(learner, _masked(SPLITS.test, missing))
+    errors = learner.model(SPLITS.test.inputs)["size"] - SPLITS.test.targets["size"]
+    assert found["size"]["mse"] == pytest.approx(errors[~missing].square().mean().item())
+
+
+def test_missing_labels_of_parts_add_up_to_the_whole():
+    missing = torch.zeros(len(SPLITS.train), dtype=torch.bool)
+    missing[:15] = missing[25] = True  # All of the first part of three, and one of the second.
+    whole = _masked(SPLITS.train, missing)
+    losses, weights = [], []
+    for rank in range(3):
+        learner = _learner(None)
+        place = SimpleNamespace(size=3, rank=rank)
+        learner.team = SimpleNamespace(size=3, part=partial(Team.part, place), wrap=_unwrapped)
+        _, found, count = learner._losses(whole)
+        losses.append(float(found[1].detach()))
+        weights.append(count / len(whole))
+    alone = _learner(None)._losses(whole)[1][1]
+    together = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    assert losses[0] == 0
+    assert together == pytest.approx(float(alone.detach()), rel=1e-6)
+
+
+def _unwrapped(module, unused):
+    return module
+
+
+def test_the_curve_of_a_run():
+    learner = _learner("mgda")
+    steps = []
+    seconds, curve = train(learner, SPLITS, SETTINGS, 0, lambda: steps.append(1), probe=True)
+    assert [entry["epoch"] for entry in curve] == [1, 2]
+    assert 0 < curve[0]["seconds"] < curve[1]["seconds"] <= seconds + 1e-4
+    assert curve[-1]["validation"] == evaluate(learner, SPLITS.validation)
+    for entry in curve:
+        assert len(entry["losses"]) == 2
+        assert sum(entry["weights"]) == pytest.approx(1)
+        assert entry["conflicts"] in (0.0, 1.0)
+        assert -1 <= entry["cosine"] <= 1
+    assert len(steps) == 10
+
+
+def test_the_losses_of_the_curve_are_means_over_the_epoch():
+    learner, seen = _learner(None), []
+    step = learner.step
+
+    def recorded(batch, held_out):
+        seen.append(step(batch, held_out))
+        return seen[-1]
+
+    learner.step = recorded
+    _, curve = train(learner, SPLITS, SETTINGS, 0, lambda: None)
+    assert curve[0]["losses"] == pytest.approx(torch.stack(seen[:5]).mean(0).tolist())
+    assert curve[1]["losses"] == pytest.approx(torch.stack(seen[5:]).mean(0).tolist())
+    assert curve[0]["weights"] is curve[0]["conflicts"] is curve[0]["cosine"] is None
+
+
+def test_the_probe_by_hand_and_without_a_trace():
+    learner = _learner("mgda", dropout=0.5)
+    before = {name: value.clone() for name, value in _state(learner).items()}
+    torch.manual_seed(3)
+    probed = learner.probe(SPLITS.train)
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+    assert all(torch.equal(value, _state(learner)[name]) for name, value in before.items())
+    assert all(p.grad is None for p in learner.model.parameters())
+    torch.manual_seed(3)
+    _, losses, _ = learner._losses(SPLITS.train)
+    trunk = list(learner.model.trunk.parameters())
+    rows = [
+        torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, trunk, retain_graph=True)])
+        for loss in losses
+    ]
+    cosine = float(torch.cosine_similarity(*rows, dim=0))
+    assert probed.cosine == pytest.approx(cosine, abs=1e-6)
+    assert probed.conflicts == float(cosine < 0)
+
+
+def test_dropout_is_of_the_features_and_in_training_alone():
+    learner = _learner(None, dropout=0.5)
+    learner._losses(SPLITS.train)
+    trained = learner._trained
+    features = learner.model.features(SPLITS.train.inputs)
+    dropped = trained._dropped(features)
+    kept = dropped != 0
+    assert 0.2 < kept.double().mean() < 0.8
+    assert torch.allclose(dropped[kept], 2 * features[kept])
+    trained.eval()
+    assert torch.equal(trained._dropped(features), features)
+
+
+def test_weight_decay_is_adams():
+    learner = _learner("mgda", weight_decay=0.25)
+    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [0.25]
+
+
+def test_the_peak_grows_with_the_tasks_that_are_kept_apart():
+    contestants = [Contestant(None, "linear"), Contestant("mgda", "linear")]
+    found = step_times(TINY, SETTINGS, SPLITS.train, contestants, 1, lambda: None)
+    plain, mgda = (found[contestant].peak_bytes for contestant in contestants)
+    assert plain > 0
+    # Two gradients of the trunk's 15 parameters, of four bytes each.
+    assert mgda - plain >= 2 * 15 * 4
