@@ -57,7 +57,9 @@ class Run:
             out.unlink(missing_ok=True)
             err.unlink(missing_ok=True)
             own = {"RANK": str(rank), "OUT": str(out), "ERR": str(err)}
-            target = (["run", *map(str, arguments)], common | own)
+            # One process alone would start others, which do not know the tiny benchmark.
+            alone = [] if size > 1 else ["--workers", "0"]
+            target = (["run", *map(str, arguments), *alone], common | own)
             self.processes.append(server.Process(target=main, args=target, daemon=True))
             self.processes[-1].start()
 
