@@ -116,7 +116,8 @@ def _plane(axes: Axes, setting: Setting, mine: Sequence[Record]) -> None:
         colour = _COLOURS[record.start]
         axes.plot(*path.T, color=colour, linewidth=0.9, zorder=3)
         axes.plot(*record.first, **_start(colour))
-        axes.plot(*record.end, **_end(record, colour))
+        # What has left the panel is at its edge.
+        axes.plot(*np.clip(record.end, -_REACH, _REACH), **_end(record, colour))
     axes.set(xlim=(-_REACH, _REACH), ylim=(-_REACH, _REACH), xticks=(-8, 0, 8), yticks=(-8, 0, 8))
     axes.set_aspect("equal")
 
