@@ -76,7 +76,7 @@ def _fronts(records: Sequence[Record]) -> Figure:
         for record in mine:
             if record.number == lowest:
                 colour, marker = _METHODS[record.method]
-                points = np.clip(np.array(record.points), -0.05, 1.4)
+                points = np.clip(np.array(record.points).reshape(-1, 2), -0.05, 1.4)
                 axes.plot(
                     *points.T,
                     marker,

@@ -47,11 +47,11 @@ class Record:
 
     Attributes:
         problem, method, number, steps, fingerprint: of the job.
-        hypervolume: of a learned front, against 1.1 in both normalized objectives; None for
-            trajectories.
+        hypervolume: of a learned front, against 1.1 in both normalized objectives, 0 where the
+            training ended in NaN; None for trajectories.
         stationarity: the length of the shortest convex combination of the gradients at a
             trajectory's end; None for learned fronts.
-        points: the learned front `[100, 2]`, normalized, or the trajectory.
+        points: the learned front `[100, 2]`, normalized, without NaN; or the trajectory.
         versions: of what the numbers depend on.
     """
 
@@ -72,7 +72,10 @@ def make(job: Job, after_steps: Callable[[int], None]) -> Record:
     if job.problem in PROBLEMS:
         problem = PROBLEMS[job.problem]
         points = learn(problem, job.method, job.number, job.steps, after_steps)
-        volume = hypervolume(points)
+        # On F2 and F5 the derivative at x1 = 0 is infinite, where the weighted sum may lead: the
+        # network is NaN from there on, and what is left of the front dominates nothing.
+        points = points[points.isfinite().all(1)]
+        volume = hypervolume(points) if len(points) else 0.0
     else:
         quadratic = QUADRATICS[job.problem]
         points = trajectory(quadratic, job.method, job.number)

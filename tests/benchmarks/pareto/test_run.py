@@ -2,11 +2,14 @@ import csv
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import cli
+from benchmarks.lines import Lines
 from benchmarks.pareto import runner
-from benchmarks.pareto.records import Record
+from benchmarks.pareto.picture import write_pictures
+from benchmarks.pareto.records import Job, Record, make
 from benchmarks.pareto.table import remarks, screen_tables, to_csv, to_markdown
 
 
@@ -98,3 +101,16 @@ def test_others_numbers_stand_beside_ours():
     rows = list(csv.DictReader(to_csv(records).splitlines()))
     assert rows[0]["official_hypervolume_mean"] == "0.2274"
     assert rows[0]["x1"] == ""
+
+
+def test_a_network_that_ended_in_nan_has_no_front(tmp_path, monkeypatch):
+    nothing = torch.full((100, 2), torch.nan, dtype=torch.float64)
+    monkeypatch.setattr("benchmarks.pareto.records.learn", lambda *args: nothing)
+    record = make(Job("f5", "constant", 0, 20), lambda n: None)
+    assert (record.hypervolume, record.points) == (0.0, [])
+    Lines(tmp_path / "pareto.jsonl", Record).write([record])
+    assert [path.name for path in write_pictures([record], tmp_path)] == [
+        "pareto.png",
+        "pareto.svg",
+    ]
+    assert "f5" in to_csv([record])
