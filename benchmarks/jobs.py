@@ -10,13 +10,29 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
 from benchmarks.errors import BenchmarkError
 
-__all__ = ["share_out"]
+__all__ = ["progress_of", "share_out"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Tell = Callable[[int], None]
+
+
+def progress_of(console: Console) -> Progress:
+    """A bar with the time left, on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )
 
 
 def share_out(

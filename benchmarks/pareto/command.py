@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.errors import BadInput, BenchmarkError
+from benchmarks.errors import BadInput
+from benchmarks.special import ending, wide_console
 
 __all__ = ["pareto"]
 
@@ -48,7 +47,7 @@ def pareto(
     """
     folder = Path("results/pareto") if out is None else out
     chosen = problems or ("f4,ewq" if quick else None)
-    try:
+    with ending():
         _run(
             None if chosen is None else [name.strip() for name in chosen.split(",")],
             methods,
@@ -57,13 +56,6 @@ def pareto(
             folder,
             workers,
         )
-    except KeyboardInterrupt:
-        again = shlex.join([Path(sys.executable).name, "-m", "benchmarks", *sys.argv[1:]])
-        typer.echo(f"Interrupted; what is finished is kept. Go on with: {again}", err=True)
-        raise typer.Exit(130) from None
-    except BenchmarkError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 def _run(
@@ -78,9 +70,7 @@ def _run(
         if value < 1:
             raise BadInput(f"`{option}` must be at least 1, found {value}")
 
-    from rich.console import Console
-
-    from benchmarks.files import write_whole
+    from benchmarks.files import write_texts
     from benchmarks.known import check_known
     from benchmarks.lines import Lines
     from benchmarks.pareto.learning import SCALARIZERS
@@ -109,9 +99,7 @@ def _run(
             f"found {' '.join(methods or [])} for {', '.join(names or [])}"
         )
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # A file has room for all columns.
+    console = wide_console()
     results = Lines(folder / "pareto.jsonl", Record)
     execute(jobs, results, workers, console)
     records = select(jobs, results.read())
@@ -120,7 +108,6 @@ def _run(
     for line in remarks(records):
         console.print(line, soft_wrap=True, markup=False)
     contents = {"pareto.csv": to_csv(records), "pareto.md": to_markdown(records)}
-    for file, text in contents.items():
-        write_whole(folder / file, lambda target, t=text: target.write_text(t, encoding="utf-8"))  # type: ignore[misc]
-    written = [results.path, *(folder / f for f in contents), *write_pictures(records, folder)]
+    texts = write_texts(folder, contents)
+    written = [results.path, *texts, *write_pictures(records, folder)]
     console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)

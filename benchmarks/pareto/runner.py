@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from benchmarks.jobs import share_out
+from benchmarks.jobs import progress_of, share_out
 from benchmarks.lines import Lines
 from benchmarks.pareto.records import Job, Record, make, select
 
@@ -31,16 +30,7 @@ def execute(jobs: Sequence[Job], results: Lines[Record], workers: int, console: 
         console.print(found, soft_wrap=True, markup=False)
     # The long ones first.
     missing.sort(key=lambda job: job.steps, reverse=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=console.quiet or not console.is_terminal
-    ) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("learning", total=sum(job.steps for job in missing))
         ending = share_out(make, missing, workers, lambda n: progress.advance(bar, n))
         for done, (job, record) in enumerate(ending, start=1):

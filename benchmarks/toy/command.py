@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.errors import BadInput, BenchmarkError
+from benchmarks.errors import BadInput
+from benchmarks.special import ending, wide_console
 
 __all__ = ["toy"]
 
@@ -43,15 +42,8 @@ def toy(
     Finished methods are kept: the same command goes on where it was interrupted.
     """
     folder = Path("results/toy") if out is None else out
-    try:
+    with ending():
         _run(methods, setting, steps, folder, workers, quick)
-    except KeyboardInterrupt:
-        again = shlex.join([Path(sys.executable).name, "-m", "benchmarks", *sys.argv[1:]])
-        typer.echo(f"Interrupted; what is finished is kept. Go on with: {again}", err=True)
-        raise typer.Exit(130) from None
-    except BenchmarkError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 def _run(
@@ -66,9 +58,7 @@ def _run(
         if value is not None and value < 1:
             raise BadInput(f"`{option}` must be at least 1, found {value}")
 
-    from rich.console import Console
-
-    from benchmarks.files import write_whole
+    from benchmarks.files import write_texts
     from benchmarks.known import check_known
     from benchmarks.lines import Lines
     from benchmarks.toy.picture import write_pictures
@@ -87,9 +77,7 @@ def _run(
     chosen = [contestant for contestant in chosen if contestant.label not in left_out]
     n_steps = steps or (setting.quick_steps if quick else setting.steps)
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 140)  # A file has room for all columns.
+    console = wide_console()
     plan = ToyPlan(setting, tuple(chosen), n_steps)
     results = Lines(folder / "toy.jsonl", Record)
     execute(plan, results, workers, console)
@@ -101,8 +89,6 @@ def _run(
         console.print(line, soft_wrap=True, markup=False)
     text = to_markdown(setting, records, n_steps, left_out)
     contents = {"toy.csv": to_csv(setting, records, n_steps), "toy.md": text}
-    for file, content in contents.items():
-        write_whole(folder / file, lambda target, c=content: target.write_text(c, encoding="utf-8"))  # type: ignore[misc]
-    pictures = write_pictures(setting, records, folder)
-    written = [results.path, *(folder / file for file in contents), *pictures]
+    texts = write_texts(folder, contents)
+    written = [results.path, *texts, *write_pictures(setting, records, folder)]
     console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import gradbal
-from benchmarks.jobs import share_out
+from benchmarks.jobs import progress_of, share_out
 from benchmarks.lines import Lines
 from benchmarks.toy.descent import from_all_starts
 from benchmarks.toy.records import Record, fingerprint, to_record
@@ -56,16 +55,7 @@ def execute(plan: ToyPlan, results: Lines[Record], workers: int, console: Consol
         return
     # The slowest first, so that no worker is left with one of them at the end.
     missing.sort(key=_slowness, reverse=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=console.quiet or not console.is_terminal
-    ) as progress:
+    with progress_of(console) as progress:
         bar = progress.add_task("descending", total=plan.steps * len(missing))
         work = partial(from_all_starts, plan.setting, plan.steps)
         ending = share_out(work, missing, workers, lambda n: progress.advance(bar, n))
