@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradbal._checks import check_positive
 from gradbal._engine import has_groups
+from gradbal._few import Few, Taken, are_alike
 from gradbal._lazy import LazyLosses
 from gradbal._losses import Losses, Names
 from gradbal._nonfinite import HostValues, NonFiniteError, not_finite
@@ -68,7 +69,8 @@ class BackwardCall(NamedTuple):
     gather, and aggregate at the next call without it. scale: 0-dim loss scale, or None; with it an
     overflow is delivered as inf. retain_graph: keep the losses' graph. features: the representation
     at which the Jacobian is taken, or None.
-    independent: losses of further, independent batches.
+    independent: losses of further, independent batches. taken: the gradients of each loss, where
+    the passes are made already.
     """
 
     batch: Losses | LazyLosses
@@ -79,6 +81,7 @@ class BackwardCall(NamedTuple):
     retain_graph: bool
     features: Tensor | None = None
     independent: tuple[Losses | LazyLosses, ...] = ()
+    taken: Sequence[tuple[Tensor | None, ...]] | None = None
 
     @property
     def lazy(self) -> bool:
@@ -163,6 +166,7 @@ class Balancer:
             computed weights, rather than use old ones again.
         unobserved: the last losses `[T]` as the aggregator sees them, and the tasks that took part,
             until the step is taken.
+        few: makes the passes of a step like the last one, where that was of few numbers; or None.
     """
 
     def __init__(
@@ -216,6 +220,9 @@ class Balancer:
         # The shared parameters by index, where a method has state for each of them.
         self._columns: list[int] | None = None
         self.unobserved: tuple[Tensor, list[int]] | None = None
+        plain = loss_transform is None and jacobian_dtype is None and update_every == 1
+        self._steps_alike = plain and not match_sum and are_alike(aggregator)
+        self.few: Few | None = None
 
     def backward(self, call: BackwardCall) -> bool:
         """Puts the balanced gradients into `.grad` of the parameters.
@@ -227,7 +234,7 @@ class Balancer:
         Raises:
             NonFiniteError: a gradient or a lazy loss is not finite, under `nonfinite="raise"`.
         """
-        self.tasks = call.batch.names
+        self.tasks, self.few = call.batch.names, None
         try:
             self._learn_reach(call)
             with self.processes.completing(
@@ -386,7 +393,7 @@ class Balancer:
 
     def remember(self) -> Callable[[], None]:
         """What puts everything back as it is now, but for what is gathered."""
-        return remembered(self, but=("rows", "_pending"))
+        return remembered(self, but=("rows", "_pending", "few"))
 
     @property
     def gathers(self) -> bool:
@@ -398,13 +405,14 @@ class Balancer:
         if not self.rows.pending:
             self._n_shared = self.n_shared
             self.rows.free()
+            self.few = None
         for engine in [self.engine] if self.auto is None else self.auto.engines:
             if isinstance(engine, Layerwise):
                 engine.free()
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups belong to their process.
-        state = {**self.__dict__, "processes": Alone(), "_processes_of": None}
+        state = {**self.__dict__, "processes": Alone(), "_processes_of": None, "few": None}
         if self.processes.engine is not None:
             self._check_nothing_pends()
             engine = self.engine if takes_rows(self.engine) else Loop()
@@ -507,7 +515,7 @@ class Balancer:
             known = [None if row is None else tuple(c == "1" for c in row) for row in reach]
             self._reach = [parameters[k] for k in places], known
         self._columns = None if state["columns"] is None else list(state["columns"])
-        self.rows, self._pending, self.unobserved = rows, pending, unobserved
+        self.rows, self._pending, self.unobserved, self.few = rows, pending, unobserved, None
         self.own_columns = False
 
     def _reach_state(self, parameters: Sequence[Tensor]) -> list[Any] | None:
@@ -618,7 +626,13 @@ class Balancer:
             sit_out = call.absent | batch.lacking
         roots = self._roots(batch, scale, call.parameters)
         with self.processes.agreeing() as laid:
-            rows.take(roots, call.parameters, sit_out=sit_out, retain_graph=call.retain_graph)
+            rows.take(
+                roots,
+                call.parameters,
+                sit_out=sit_out,
+                retain_graph=call.retain_graph,
+                taken=call.taken,
+            )
             laid.append(rows)
         self._note_reach(rows.parameters, rows.reach)
         absent = self._absent_after(call, single_pass=False)
@@ -649,7 +663,32 @@ class Balancer:
         rows.deliver(direction, self._head_factors(head_weights, present))
         self._train_own_weights(pending.values, present, scale)
         self._finish(w, head_weights, found.gramian, found.absent)
+        if self._steps_alike and len(present) == n_tasks and self._is_ordinary(call):
+            self.few = Few.after(batch.names, rows)
         return True
+
+    def _is_ordinary(self, call: BackwardCall) -> bool:
+        """Whether the next step may be one for `Few`, as far as this one tells."""
+        if call.lazy or call.scale is not None or not self.processes.alone:
+            return False
+        settled = self.auto is None or self.auto.settled
+        return settled and isinstance(self.rows.engine, Loop)
+
+    def finish_few(self, few: Few, taken: Taken, gramian: Tensor) -> None:
+        """What follows the passes of a step of few numbers: weights, `.grad`, and what is known of
+        the step. An error may leave some of that behind."""
+        assert isinstance(self.aggregator, GramianAggregator)
+        assert taken.rows is not None
+        w = self.aggregator.weights(gramian, taken.wide).double()
+        head_weights = self.aggregator.head_weights(w, gramian).double()
+        few.deliver(w, taken.rows)
+        self.weights, self.head_weights = w.detach(), None
+        if head_weights is not w:
+            self.head_weights = head_weights.detach()
+        self.gramian, self.losses = gramian, taken.losses
+        self.unobserved = taken.losses, [*range(len(few.names))]
+        self.renewed, self._missed, self._lacking = True, frozenset(), frozenset()
+        self.n_steps += 1
 
     def _combine_gathered(self, pending: _Pending, scale: Tensor | None, refreshes: bool) -> None:
         """What weights that do not depend on rows make of them, as in a single pass."""

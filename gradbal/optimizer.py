@@ -30,6 +30,7 @@ from gradbal._checks import (
 )
 from gradbal._closures import Closure, Evaluations, read_values
 from gradbal._engine import make_engine
+from gradbal._few import Few, Taken
 from gradbal._lazy import LazyLosses, read_functions
 from gradbal._losses import Losses, read_instances, read_losses
 from gradbal._nonfinite import LateCheck, NonFiniteError
@@ -357,7 +358,16 @@ class MultiTaskOptimizer(Optimizer):
                 nothing has changed then.
             RuntimeError: a compiled part of the model does not allow several backward passes.
         """
-        balancer = self._balancer
+        balancer, taken = self._balancer, None
+        unusual = independent or accumulate or retain_graph
+        if (
+            balancer.few is not None
+            and features is grad_scaler is batch_size is None
+            and not (unusual or self._spoiled or self._before is not None)
+        ):
+            taken = balancer.few.take(losses, self.optimizer.param_groups)
+            if taken is not None and self._finish_few(balancer.few, taken):
+                return
         parameters = self._trained()
         processes = balancer.find_processes(parameters, self._process_group.thing)
         asked = features is not None, len(independent), accumulate, grad_scaler is not None
@@ -412,10 +422,33 @@ class MultiTaskOptimizer(Optimizer):
                         retain_graph,
                         features,
                         tuple(others),
+                        None if taken is None else taken.gradients,
                     )
                 )
             )
             self._book(batch, delivered, accumulate, single_pass and scale is None)
+
+    def _finish_few(self, few: Few, taken: Taken) -> bool:
+        """The rest of a step of few numbers; False, and nothing has happened, if it is not to be
+        an ordinary one."""
+        gramian = None if taken.rows is None else few.gramian(taken.rows)
+        if gramian is None:
+            return False
+        aggregator, balancer = self.aggregator, self._balancer
+        # Nothing that these hold is changed in its place.
+        mine, its, put_back = vars(self).copy(), vars(balancer).copy(), aggregator.remember()
+        try:
+            aggregator.learning_rate = _learning_rate(self.optimizer)
+            aggregator.prepare(len(few.names), taken.losses)
+            balancer.finish_few(few, taken, gramian)
+            self._delivered, self._taken, self._late, self._skip_step = True, False, None, False
+        except BaseException:
+            with interrupts_held_back():
+                put_back()
+                vars(balancer).update(its)
+                vars(self).update(mine)
+            raise
+        return True
 
     def _read(
         self,

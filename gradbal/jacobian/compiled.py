@@ -21,10 +21,12 @@ _COMPLAINT = "donated buffer"
 def gradients(
     roots: Tensor | GradientEdge | Sequence[Tensor | GradientEdge],
     parameters: Sequence[Tensor],
-    cotangents: Tensor | Sequence[Tensor],
+    cotangents: Tensor | Sequence[Tensor] | None,
     retain_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, None where a root does not reach, whatever is compiled on the way.
+
+    Cotangents of 0-dim roots may be left out for ones.
 
     Raises:
         RuntimeError: a compiled part cannot be walked more than once; it says what to write.

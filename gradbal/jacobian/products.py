@@ -20,10 +20,12 @@ __all__ = [
     "combine",
     "combine_by",
     "combine_few",
+    "combine_rows",
     "cross_gramian",
     "gramian",
     "gramian_of_few",
     "no_autocast",
+    "product_of_rows",
     "upload",
     "wants_exact",
 ]
@@ -244,23 +246,31 @@ def are_few(jacobian: Tensor) -> bool:
 
 def gramian_of_few(jacobian: Tensor) -> Tensor:
     """`JJᵀ [T, T]` in float64 of a `[T, P]` of few entries."""
-    rows = jacobian.tolist()
-    products = [[sum(map(mul, a, b)) for b in rows] for a in rows]
+    products = product_of_rows(jacobian.tolist())
     return torch.tensor(products, dtype=torch.float64, device=jacobian.device)
+
+
+def product_of_rows(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """`JJᵀ`, T rows of T floats, from T rows of P floats."""
+    return [[sum(map(mul, a, b)) for b in rows] for a in rows]
 
 
 def combine_few(
     weights: Tensor, jacobian: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
     """`combine_by` of a `[T, P]` of few entries, in float64; `weights [T]` are on the host."""
-    w = weights.tolist()
-    direction = [sum(map(mul, w, column)) for column in zip(*jacobian.tolist(), strict=True)]
+    direction = combine_rows(weights.tolist(), jacobian.tolist())
     found, start = [], 0
     for size, dtype in zip(sizes, dtypes, strict=True):
         part = direction[start : start + size]
         found.append(torch.tensor(part, dtype=dtype, device=jacobian.device))
         start += size
     return found
+
+
+def combine_rows(weights: Sequence[float], rows: Sequence[Sequence[float]]) -> list[float]:
+    """`Jᵀw`, P floats, from T weights and T rows of P floats."""
+    return [sum(map(mul, weights, column)) for column in zip(*rows, strict=True)]
 
 
 def _in_float64(jacobian: Tensor) -> bool:

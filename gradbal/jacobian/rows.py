@@ -196,6 +196,7 @@ class Rows:
         *,
         sit_out: frozenset[int] = frozenset(),
         retain_graph: bool = False,
+        taken: Sequence[Gradients] | None = None,
     ) -> None:
         """Takes the T gradients, and adds them to pending ones if there are any.
 
@@ -205,6 +206,7 @@ class Rows:
             parameters: n leaf tensors that require grad.
             sit_out: tasks that add nothing to their rows; those that are absent among them.
             retain_graph: keep the graph after the last pass.
+            taken: the gradients of all roots, where the passes are made already.
 
         Raises:
             ValueError: no parameter is reached by two losses, shared parameters on two devices,
@@ -262,15 +264,19 @@ class Rows:
                 if i not in sit_out and not isinstance(root, Absent)
             }
             present = [*starts]
-            parts = self.engine.rows([*starts.values()], parameters, retain_graph)
-            taken = _with_tasks(present, parts)
+            parts: Iterable[Gradients | Block]
+            if taken is None:
+                parts = self.engine.rows([*starts.values()], parameters, retain_graph)
+            else:
+                parts = taken
+            coming = _with_tasks(present, parts)
             held_back = parameters
         else:
-            taken = self._in_turn(roots, parameters, sit_out, retain_graph, untaken)
+            coming = self._in_turn(roots, parameters, sit_out, retain_graph, untaken)
             # Users' code runs between these passes.
             held_back = []
         with hooks_held_back(held_back):
-            for tasks, part in taken:
+            for tasks, part in coming:
                 if isinstance(part, Block):
                     if (
                         loose is None
@@ -433,6 +439,11 @@ class Rows:
                     view.copy_(row[k])
             self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
         self._layout = layout
+
+    @property
+    def are_few(self) -> bool:
+        """Whether the whole Jacobian is a few numbers on the host."""
+        return self._current.few
 
     def product_of_few(self) -> Tensor | None:
         """The Gramian `[T, T]`, where the whole Jacobian is a few numbers on the host."""
