@@ -676,19 +676,24 @@ class Balancer:
 
     def finish_few(self, few: Few, taken: Taken, gramian: Tensor) -> None:
         """What follows the passes of a step of few numbers: weights, `.grad`, and what is known of
-        the step. An error may leave some of that behind."""
+        the step. An error changes nothing here."""
         assert isinstance(self.aggregator, GramianAggregator)
         assert taken.rows is not None
-        w = self.aggregator.weights(gramian, taken.wide).double()
-        head_weights = self.aggregator.head_weights(w, gramian).double()
+        w = self.aggregator.weights(gramian, taken.losses.double()).double()
+        heads = self.aggregator.head_weights(w, gramian).double()
         few.deliver(w, taken.rows)
-        self.weights, self.head_weights = w.detach(), None
-        if head_weights is not w:
-            self.head_weights = head_weights.detach()
-        self.gramian, self.losses = gramian, taken.losses
-        self.unobserved = taken.losses, [*range(len(few.names))]
-        self.renewed, self._missed, self._lacking = True, frozenset(), frozenset()
-        self.n_steps += 1
+        # At once, or an interrupt might come in between.
+        vars(self).update(
+            weights=w.detach(),
+            head_weights=None if heads is w else heads.detach(),
+            gramian=gramian,
+            losses=taken.losses,
+            unobserved=(taken.losses, [*range(len(few.names))]),
+            renewed=True,
+            n_steps=self.n_steps + 1,
+            _missed=frozenset(),
+            _lacking=frozenset(),
+        )
 
     def _combine_gathered(self, pending: _Pending, scale: Tensor | None, refreshes: bool) -> None:
         """What weights that do not depend on rows make of them, as in a single pass."""

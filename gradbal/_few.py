@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,30 +21,30 @@ from gradbal.jacobian import Rows, combine_rows, gradients, product_of_rows
 
 __all__ = ["Few", "Taken", "are_alike"]
 
-_HOST, _WIDE = torch.device("cpu"), torch.float64
+_HOST = torch.device("cpu")
+_DTYPES = (torch.float32, torch.float64)
 
 
 class Taken(NamedTuple):
     """What the passes of a step have brought.
 
-    losses, wide: `[T]`, the values, in their own dtype and in float64. gradients: for each loss n
-    tensors, as an engine of rows gives them. rows: the same as plain floats, one list a loss; None
-    where something is not as it was in the step before, or not finite.
+    losses: `[T]`, the values. gradients: for each loss n tensors, as an engine of rows gives them.
+    rows: the same as T lists of P floats; None where a loss reached less than in the step before,
+    or a gradient is not dense.
     """
 
     losses: Tensor
-    wide: Tensor
     gradients: list[tuple[Tensor | None, ...]]
     rows: list[list[float]] | None
 
 
 def are_alike(aggregator: Aggregator) -> bool:
     """Whether all that a method's steps need of the gradients is one Gramian, at every step."""
+    if not isinstance(aggregator, GramianAggregator) or isinstance(aggregator, ClosureAggregator):
+        return False
     kind = type(aggregator)
     return (
-        isinstance(aggregator, GramianAggregator)
-        and not isinstance(aggregator, ClosureAggregator)
-        and not aggregator.needs_features
+        not aggregator.needs_features
         and kind.column_groups is GramianAggregator.column_groups
         and kind.probed_parameters is GramianAggregator.probed_parameters
         and kind.param_groups is Aggregator.param_groups
@@ -57,10 +56,10 @@ class Few:
     """The passes of an ordinary step of few numbers.
 
     Ordinary is one whose losses are a list, tuple or dict of 0-dim tensors on the host, all finite
-    and of one dtype, whose parameters are shared by all losses, and have no hooks of the user's.
+    and of one dtype, and each reaches all parameters, on which there are no hooks.
 
-    names: of the tasks. parameters: n of them, all that the wrapped optimizer has. reach: what each
-    loss reached in the step before: all of them.
+    names: of the tasks. parameters: n of them, all that the wrapped optimizer has. numbered:
+    whether the tasks have no other names than numbers.
     """
 
     names: Names
@@ -84,69 +83,63 @@ class Few:
             groups: the wrapped optimizer's param groups.
         """
         parameters = [p for group in groups for p in group["params"]]
-        if len(parameters) != len(self.parameters) or not all(
-            map(is_, parameters, self.parameters)
-        ):
+        if len(parameters) != len(self.parameters):
             return None
-        for p in parameters:
-            if not p.requires_grad or p._backward_hooks:
+        for p, known in zip(parameters, self.parameters, strict=True):
+            if p is not known or not p.requires_grad or p._backward_hooks:
                 return None
         found = self._listed(losses)
         if found is None or len(found) != len(self.names):
             return None
-        values = []
-        dtype = getattr(found[0], "dtype", None)
+        dtype, values = getattr(found[0], "dtype", None), []
+        if dtype not in _DTYPES:
+            return None
         for loss in found:
-            if (
-                type(loss) is not Tensor
-                or loss.dim() != 0
-                or not loss.is_cpu
-                or not loss.requires_grad
-                or loss.dtype is not dtype
-            ):
+            if type(loss) is not Tensor or loss.dtype is not dtype or not loss.is_cpu:
+                return None
+            if loss.dim() != 0 or not loss.requires_grad:
                 return None
             value = loss.item()
             if not isfinite(value):
                 return None
             values.append(value)
-        if dtype is not torch.float32 and dtype is not torch.float64:
-            return None
         last = len(found) - 1
         taken = [gradients(loss, parameters, None, i < last) for i, loss in enumerate(found)]
-        own = _tensor(values, dtype)
-        wide = own if dtype is _WIDE else _tensor(values, _WIDE)
-        return Taken(own, wide, taken, self._floats(taken))
+        rows: list[list[float]] = []
+        for grads in taken:
+            row: list[float] = []
+            for g in grads:
+                if g is None or g.layout is not torch.strided:
+                    return Taken(_tensor(values, dtype), taken, None)
+                row += g.tolist() if g.dim() == 1 else g.reshape(-1).tolist()
+            rows.append(row)
+        return Taken(_tensor(values, dtype), taken, rows)
 
     def _listed(self, losses: object) -> Sequence[Any] | None:
-        if isinstance(losses, list | tuple):
+        if isinstance(losses, (list, tuple)):
             return losses if self.numbered else None
         if isinstance(losses, dict) and tuple(losses) == self.names:
             return list(losses.values())
         return None
 
     @staticmethod
-    def _floats(taken: Sequence[tuple[Tensor | None, ...]]) -> list[list[float]] | None:
-        rows = []
-        for grads in taken:
-            row: list[float] = []
-            for g in grads:
-                if g is None or g.layout is not torch.strided:
-                    return None
-                row += g.reshape(-1).tolist()
-            rows.append(row)
-        return rows if all(all(map(isfinite, row)) for row in rows) else None
-
-    def gramian(self, rows: Sequence[Sequence[float]]) -> Tensor | None:
-        """`JJᵀ [T, T]`, in float64; None where a square is more than that holds."""
-        g = product_of_rows(rows)
-        return None if any(not isfinite(g[i][i]) for i in range(len(g))) else _tensor(g, _WIDE)
+    def gramian(taken: Taken) -> Tensor | None:
+        """`JJᵀ [T, T]`, in float64; None where there are no rows, or something of them is not
+        finite."""
+        if taken.rows is None:
+            return None
+        products = product_of_rows(taken.rows)
+        if not all(isfinite(row[i]) for i, row in enumerate(products)):
+            return None
+        return _tensor(products, torch.float64)
 
     def deliver(self, weights: Tensor, rows: Sequence[Sequence[float]]) -> None:
         """Sends `Jᵀw` into `.grad` through AccumulateGrad; `weights [T]` are on the host."""
         direction, start, parts = combine_rows(weights.tolist(), rows), 0, []
         for p in self.parameters:
             end = start + p.numel()
-            parts.append(_tensor(direction[start:end], p.dtype).view(p.shape))
+            part = _tensor(direction[start:end], p.dtype)
+            parts.append(part if p.dim() == 1 else part.view(p.shape))
             start = end
         torch.autograd.backward(self.parameters, parts)
 

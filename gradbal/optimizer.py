@@ -359,11 +359,13 @@ class MultiTaskOptimizer(Optimizer):
             RuntimeError: a compiled part of the model does not allow several backward passes.
         """
         balancer, taken = self._balancer, None
-        unusual = independent or accumulate or retain_graph
-        if (
-            balancer.few is not None
-            and features is grad_scaler is batch_size is None
-            and not (unusual or self._spoiled or self._before is not None)
+        unusual = independent or accumulate or retain_graph or self._spoiled
+        if balancer.few is not None and not (
+            unusual
+            or features is not None
+            or grad_scaler is not None
+            or batch_size is not None
+            or self._before is not None
         ):
             taken = balancer.few.take(losses, self.optimizer.param_groups)
             if taken is not None and self._finish_few(balancer.few, taken):
@@ -431,22 +433,23 @@ class MultiTaskOptimizer(Optimizer):
     def _finish_few(self, few: Few, taken: Taken) -> bool:
         """The rest of a step of few numbers; False, and nothing has happened, if it is not to be
         an ordinary one."""
-        gramian = None if taken.rows is None else few.gramian(taken.rows)
+        gramian = few.gramian(taken)
         if gramian is None:
             return False
         aggregator, balancer = self.aggregator, self._balancer
-        # Nothing that these hold is changed in its place.
-        mine, its, put_back = vars(self).copy(), vars(balancer).copy(), aggregator.remember()
+        put_back, n_steps = aggregator.remember(), balancer.n_steps
+        mine = self._delivered, self._taken, self._late, self._skip_step
         try:
             aggregator.learning_rate = _learning_rate(self.optimizer)
             aggregator.prepare(len(few.names), taken.losses)
-            balancer.finish_few(few, taken, gramian)
             self._delivered, self._taken, self._late, self._skip_step = True, False, None, False
+            balancer.finish_few(few, taken, gramian)
         except BaseException:
-            with interrupts_held_back():
-                put_back()
-                vars(balancer).update(its)
-                vars(self).update(mine)
+            # An interrupt may come once the step is booked: then it stays.
+            if balancer.n_steps == n_steps:
+                with interrupts_held_back():
+                    put_back()
+                    self._delivered, self._taken, self._late, self._skip_step = mine
             raise
         return True
 

@@ -121,4 +121,11 @@ def nash_mtl(gramian: Tensor, *, ridge: float = 1e-10) -> Tensor:
     def solve(c: Array, n: Array, active: Indices) -> Array:
         return checked(fair_newton(c, n, 1.0, ridge), "Nash-MTL's Newton solve") / n
 
-    return solve_active(gramian, 1.0, solve)
+    def pair(c: float, n: float, m: float) -> tuple[float, float] | None:
+        # In units of the norms neither task is the first: v(v + cv) = 1 for both.
+        if 1.0 + c < max(1e-6, 1e4 * ridge):
+            return None
+        v = 1.0 / math.sqrt(1.0 + c)
+        return v / n, v / m
+
+    return solve_active(gramian, 1.0, solve, pair=pair)

@@ -31,10 +31,9 @@ def gradients(
     Raises:
         RuntimeError: a compiled part cannot be walked more than once; it says what to write.
     """
-
-    grad, how = torch.autograd.grad, {"retain_graph": retain_graph, "allow_unused": True}
+    grad = torch.autograd.grad
     try:
-        return grad(roots, parameters, cotangents, **how)  # type: ignore[arg-type]
+        return grad(roots, parameters, cotangents, retain_graph, allow_unused=True)  # type: ignore[arg-type]
     except RuntimeError as error:
         if _COMPLAINT not in str(error):
             raise
@@ -43,7 +42,7 @@ def gradients(
         if is_compiled(node):
             keep_buffers(node)
     try:
-        return grad(roots, parameters, cotangents, **how)  # type: ignore[arg-type]
+        return grad(roots, parameters, cotangents, retain_graph, allow_unused=True)  # type: ignore[arg-type]
     except RuntimeError as error:
         if _COMPLAINT not in str(error):
             raise

@@ -252,7 +252,11 @@ def gramian_of_few(jacobian: Tensor) -> Tensor:
 
 def product_of_rows(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     """`JJᵀ`, T rows of T floats, from T rows of P floats."""
-    return [[sum(map(mul, a, b)) for b in rows] for a in rows]
+    products: list[list[float]] = []
+    for i, row in enumerate(rows):
+        left = [above[i] for above in products]
+        products.append(left + [sum(map(mul, row, other)) for other in rows[i:]])
+    return products
 
 
 def combine_few(
