@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradbal._losses import Names
 from gradbal.aggregators.base import Aggregator, ClosureAggregator, GramianAggregator
-from gradbal.jacobian import Rows, combine_rows, gradients, product_of_rows
+from gradbal.jacobian import Rows, combine_few, gradients, product_of_rows
 
 __all__ = ["Few", "Taken", "are_alike"]
 
@@ -135,13 +135,11 @@ class Few:
 
     def deliver(self, weights: Tensor, rows: Sequence[Sequence[float]]) -> None:
         """Sends `Jᵀw` into `.grad` through AccumulateGrad; `weights [T]` are on the host."""
-        direction, start, parts = combine_rows(weights.tolist(), rows), 0, []
-        for p in self.parameters:
-            end = start + p.numel()
-            part = _tensor(direction[start:end], p.dtype)
-            parts.append(part if p.dim() == 1 else part.view(p.shape))
-            start = end
-        torch.autograd.backward(self.parameters, parts)
+        parameters = self.parameters
+        sizes, dtypes = [p.numel() for p in parameters], [p.dtype for p in parameters]
+        parts = combine_few(weights, rows, sizes, dtypes)
+        shaped = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+        torch.autograd.backward(parameters, shaped)
 
 
 def _tensor(values: Any, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,6 @@ __all__ = [
     "combine",
     "combine_by",
     "combine_few",
-    "combine_rows",
     "cross_gramian",
     "gramian",
     "gramian_of_few",
@@ -54,6 +53,8 @@ _ROWS_AT_ONCE = 12
 
 _IN_CACHE = 1 << 20
 """Entries converted at a time where a processor's cache is to hold them."""
+
+_HOST = torch.device("cpu")
 
 Array = NDArray[np.float64]
 
@@ -195,7 +196,7 @@ def combine_by(
     """
     jacobian, weights = jacobian.detach(), upload(weights.detach(), jacobian.device)
     if are_few(jacobian):
-        return combine_few(weights, jacobian, sizes, dtypes)
+        return combine_few(weights, jacobian.tolist(), sizes, dtypes)
     with no_autocast(jacobian.device):
         if jacobian.numel() <= SMALL:
             # Few entries in many groups: one product for all of them.
@@ -246,8 +247,7 @@ def are_few(jacobian: Tensor) -> bool:
 
 def gramian_of_few(jacobian: Tensor) -> Tensor:
     """`JJᵀ [T, T]` in float64 of a `[T, P]` of few entries."""
-    products = product_of_rows(jacobian.tolist())
-    return torch.tensor(products, dtype=torch.float64, device=jacobian.device)
+    return torch.tensor(product_of_rows(jacobian.tolist()), dtype=torch.float64, device=_HOST)
 
 
 def product_of_rows(rows: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -260,21 +260,19 @@ def product_of_rows(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def combine_few(
-    weights: Tensor, jacobian: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+    weights: Tensor,
+    rows: Sequence[Sequence[float]],
+    sizes: Sequence[int],
+    dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
-    """`combine_by` of a `[T, P]` of few entries, in float64; `weights [T]` are on the host."""
-    direction = combine_rows(weights.tolist(), jacobian.tolist())
-    found, start = [], 0
+    """`combine_by` of T rows of P floats, in float64; `weights [T]` are on the host."""
+    w, found, start = weights.tolist(), [], 0
+    direction = [sum(map(mul, w, column)) for column in zip(*rows, strict=True)]
     for size, dtype in zip(sizes, dtypes, strict=True):
         part = direction[start : start + size]
-        found.append(torch.tensor(part, dtype=dtype, device=jacobian.device))
+        found.append(torch.tensor(part, dtype=dtype, device=_HOST))
         start += size
     return found
-
-
-def combine_rows(weights: Sequence[float], rows: Sequence[Sequence[float]]) -> list[float]:
-    """`Jᵀw`, P floats, from T weights and T rows of P floats."""
-    return [sum(map(mul, weights, column)) for column in zip(*rows, strict=True)]
 
 
 def _in_float64(jacobian: Tensor) -> bool:

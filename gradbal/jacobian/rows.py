@@ -518,7 +518,7 @@ class Rows:
         chosen = [layout.parameters[k] for k in layout.shared]
         sizes, dtypes = [p.numel() for p in chosen], [p.dtype for p in chosen]
         if layout.few and weights.device.type == "cpu":
-            parts = combine_few(weights, layout.buffer, sizes, dtypes)
+            parts = combine_few(weights, layout.buffer.tolist(), sizes, dtypes)
         else:
             parts = combine_by(weights, layout.buffer, sizes, dtypes)
         return [like_parameter(part, p) for part, p in zip(parts, chosen, strict=True)]
