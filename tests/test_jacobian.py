@@ -85,6 +85,12 @@ def test_gramian_is_as_accurate_as_it_says(kind: str, width: int, dtype: torch.d
     assert _cosine_error(gramian(j), j) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("width", [(1 << 18) + 3, (3 << 16) * 2 + 255])
+def test_gramian_of_many_rows_is_summed_in_parts(width: int) -> None:
+    jacobian = _matrix(40, width, torch.float32)
+    assert _cosine_error(gramian(jacobian), jacobian) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("aggregator", GRAMIAN)
 @pytest.mark.parametrize("n_tasks", [3, 8])
 def test_equal_directions_in_float32(aggregator: str, n_tasks: int) -> None:
@@ -274,6 +280,37 @@ def test_the_buffer_is_used_again(aggregator: str) -> None:
         want = torch.stack([g.flatten() for g in grads])
         torch.testing.assert_close(rows.jacobian[:, : want.shape[1]], want)
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("jacobian", ["loop", "vmap", "gramian"])
+def test_a_model_that_is_cast_gets_another_buffer(jacobian: str) -> None:
+    """One of the old dtype would round its gradients."""
+    model = make("Plain").float()
+    batch = model.batch()
+
+    def optimizer() -> MultiTaskOptimizer:
+        return MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), "upgrad", jacobian=jacobian)
+
+    def take(optimizer: MultiTaskOptimizer) -> list[Tensor]:
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(batch.to(next(model.parameters()).dtype)))
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    old = optimizer()
+    take(old)
+    model.double()
+    found, expected = take(old), take(optimizer())
+    assert {g.dtype for g in found} == {torch.float64}
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0.0)
+
+
+def test_a_model_is_not_cast_while_gradients_wait() -> None:
+    model = make("Plain").float()
+    optimizer = MultiTaskOptimizer(SGD(model.parameters(), lr=0.1), "upgrad")
+    optimizer.backward(model.losses(model.batch().float()), accumulate=True)
+    model.double()
+    with pytest.raises(ValueError, match="must stay the same while gradients accumulate"):
+        optimizer.backward(model.losses(model.batch().double()))
 
 
 def test_rows_before_any_gradient() -> None:

@@ -56,10 +56,12 @@ class _Layout:
     heads: list[list[int]] = field(init=False)
     reached: list[set[int]] = field(init=False)
     few: bool = field(init=False)
+    _kinds: list[tuple[torch.device, torch.dtype]] = field(init=False)
     _slices: dict[tuple[int, int, int], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._slices = {}
+        self._kinds = _kinds(self.parameters)
         self.few = are_few(self.buffer)
         self.reached = [{k for k, yes in enumerate(reach or ()) if yes} for reach in self.reach]
         sizes = [self.parameters[k].numel() for k in self.shared]
@@ -75,6 +77,15 @@ class _Layout:
             sorted(reached.difference(views))
             for views, reached in zip(self.views, self.reached, strict=True)
         ]
+
+    def fits(self, parameters: Sequence[Tensor], n_tasks: int) -> bool:
+        """Whether it is for so many tasks and for these parameters, where and of what they were."""
+        return (
+            len(self.reach) == n_tasks
+            and len(self.parameters) == len(parameters)
+            and all(map(is_, self.parameters, parameters))
+            and self._kinds == _kinds(parameters)
+        )
 
     def slice(self, first: int, n_tasks: int, k: int) -> Tensor:
         """`[n_tasks, *shape]`, a view of the parts of parameter k in the rows from the first on."""
@@ -214,12 +225,7 @@ class Rows:
         """
         parameters = list(parameters)
         layout = self._layout
-        if (
-            layout is None
-            or len(layout.reach) != len(roots)
-            or len(layout.parameters) != len(parameters)
-            or not all(map(is_, layout.parameters, parameters))
-        ):
+        if layout is None or not layout.fits(parameters, len(roots)):
             if self.pending:
                 self.pending = False
                 raise ValueError(
@@ -644,6 +650,10 @@ def like_parameter(part: Tensor, parameter: Tensor) -> Tensor:
         if parameter.dim() == dims and parameter.is_contiguous(memory_format=memory_format):
             return part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
     return part.view(parameter.shape)
+
+
+def _kinds(parameters: Sequence[Tensor]) -> list[tuple[torch.device, torch.dtype]]:
+    return [(p.device, p.dtype) for p in parameters]
 
 
 def _with_tasks(
