@@ -58,12 +58,13 @@ class Few:
     Ordinary is one whose losses are a list, tuple or dict of 0-dim tensors on the host, all finite
     and of one dtype, and each reaches all parameters, on which there are no hooks.
 
-    names: of the tasks. parameters: n of them, all that the wrapped optimizer has. numbered:
-    whether the tasks have no other names than numbers.
+    names: of the tasks. parameters: n of them, all that the wrapped optimizer has. sizes: how many
+    scalars each has. numbered: whether the tasks have no other names than numbers.
     """
 
     names: Names
     parameters: list[Tensor]
+    sizes: list[int]
     numbered: bool
 
     @classmethod
@@ -73,7 +74,8 @@ class Few:
             return None
         if len(rows.shared) < len(rows.parameters):
             return None
-        return cls(names, rows.parameters, names == tuple(range(len(names))))
+        sizes = [p.numel() for p in rows.parameters]
+        return cls(names, rows.parameters, sizes, names == tuple(range(len(names))))
 
     def take(self, losses: object, groups: Sequence[Mapping[str, Any]]) -> Taken | None:
         """Takes the T gradients; None, and nothing has happened, where the step is another one.
@@ -135,11 +137,12 @@ class Few:
 
     def deliver(self, weights: Tensor, rows: Sequence[Sequence[float]]) -> None:
         """Sends `Jᵀw` into `.grad` through AccumulateGrad; `weights [T]` are on the host."""
-        parameters = self.parameters
-        sizes, dtypes = [p.numel() for p in parameters], [p.dtype for p in parameters]
-        parts = combine_few(weights, rows, sizes, dtypes)
-        shaped = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-        torch.autograd.backward(parameters, shaped)
+        dtypes = [p.dtype for p in self.parameters]
+        parts = combine_few(weights, rows, self.sizes, dtypes)
+        for n, p in enumerate(self.parameters):
+            if p.dim() != 1:
+                parts[n] = parts[n].view(p.shape)
+        torch.autograd.backward(self.parameters, parts)
 
 
 def _tensor(values: Any, dtype: torch.dtype) -> Tensor:
