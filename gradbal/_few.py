@@ -58,11 +58,13 @@ class Few:
     Ordinary is one whose losses are a list, tuple or dict of 0-dim tensors on the host, all finite
     and of one dtype, and each reaches all parameters, on which there are no hooks.
 
-    names: of the tasks. parameters: n of them, all that the wrapped optimizer has. sizes: how many
-    scalars each has. numbered: whether the tasks have no other names than numbers.
+    names: of the tasks. rows: of the step before. parameters: n of them, all that the wrapped
+    optimizer has. sizes: how many scalars each has. numbered: whether the tasks have no other names
+    than numbers.
     """
 
     names: Names
+    rows: Rows
     parameters: list[Tensor]
     sizes: list[int]
     numbered: bool
@@ -75,7 +77,7 @@ class Few:
         if len(rows.shared) < len(rows.parameters):
             return None
         sizes = [p.numel() for p in rows.parameters]
-        return cls(names, rows.parameters, sizes, names == tuple(range(len(names))))
+        return cls(names, rows, rows.parameters, sizes, names == tuple(range(len(names))))
 
     def take(self, losses: object, groups: Sequence[Mapping[str, Any]]) -> Taken | None:
         """Takes the T gradients; None, and nothing has happened, where the step is another one.
@@ -85,10 +87,10 @@ class Few:
             groups: the wrapped optimizer's param groups.
         """
         parameters = [p for group in groups for p in group["params"]]
-        if len(parameters) != len(self.parameters):
+        if not self.rows.fits(parameters, len(self.names)):
             return None
-        for p, known in zip(parameters, self.parameters, strict=True):
-            if p is not known or not p.requires_grad or p._backward_hooks:
+        for p in parameters:
+            if not p.requires_grad or p._backward_hooks:
                 return None
         found = self._listed(losses)
         if found is None or len(found) != len(self.names):

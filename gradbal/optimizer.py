@@ -358,17 +358,19 @@ class MultiTaskOptimizer(Optimizer):
                 nothing has changed then.
             RuntimeError: a compiled part of the model does not allow several backward passes.
         """
-        balancer, taken = self._balancer, None
-        unusual = independent or accumulate or retain_graph or self._spoiled
-        if balancer.few is not None and not (
-            unusual
-            or features is not None
+        balancer, few, taken = self._balancer, self._balancer.few, None
+        if few is not None and not (
+            features is not None
+            or independent
+            or accumulate
             or grad_scaler is not None
+            or retain_graph
             or batch_size is not None
+            or self._spoiled
             or self._before is not None
         ):
-            taken = balancer.few.take(losses, self.optimizer.param_groups)
-            if taken is not None and self._finish_few(balancer.few, taken):
+            taken = few.take(losses, self.optimizer.param_groups)
+            if taken is not None and self._finish_few(few, taken):
                 return
         parameters = self._trained()
         processes = balancer.find_processes(parameters, self._process_group.thing)

@@ -245,6 +245,18 @@ def copied(problem):
     problem.parameters, problem.optimizer = copy.deepcopy((problem.parameters, problem.optimizer))
 
 
+def cast(problem):
+    # No step: Adam does not take parameters of another dtype than its state.
+    problem.optimizer.zero_grad()
+    for p in problem.parameters:
+        p.data = p.data.float()
+    problem.optimizer.backward(problem.losses())
+    assert all(p.grad.dtype == torch.float32 for p in problem.parameters)
+    problem.optimizer.zero_grad()
+    for p in problem.parameters:
+        p.data = p.data.double()
+
+
 def scaled(problem):
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     problem.optimizer.zero_grad()
@@ -255,7 +267,7 @@ def scaled(problem):
 
 STEPS |= {
     step.__name__: step
-    for step in (accumulate, gradients_add_up, frozen, hooked, resumed, copied, scaled)
+    for step in (accumulate, gradients_add_up, frozen, hooked, resumed, copied, cast, scaled)
 }
 
 

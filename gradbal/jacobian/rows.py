@@ -225,7 +225,7 @@ class Rows:
         """
         parameters = list(parameters)
         layout = self._layout
-        if layout is None or not layout.fits(parameters, len(roots)):
+        if not self.fits(parameters, len(roots)):
             if self.pending:
                 self.pending = False
                 raise ValueError(
@@ -445,6 +445,10 @@ class Rows:
                     view.copy_(row[k])
             self.heads[i] = {k: row[k] for k in layout.heads[i] if k in row}
         self._layout = layout
+
+    def fits(self, parameters: Sequence[Tensor], n_tasks: int) -> bool:
+        """Whether the buffer is for so many tasks and for these parameters, as they are now."""
+        return self._layout is not None and self._layout.fits(parameters, n_tasks)
 
     @property
     def are_few(self) -> bool:
